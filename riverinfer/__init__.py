@@ -1,0 +1,1 @@
+"""riverinfer: a standalone inference engine for decoder-only language models."""

@@ -1,0 +1,1 @@
+"""Checkpoints in (GGUF, PyTorch pickles), model folders with safetensors out."""
