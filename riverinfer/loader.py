@@ -1,0 +1,169 @@
+"""Weights from a checkpoint to a model: fused where the runtime fuses, converted once, straight to their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from riverinfer.checkpoint import Checkpoint, TensorReader
+from riverinfer.config import DTYPES
+from riverinfer.errors import EngineMemoryError, InvalidRequestError, WeightsError
+from riverinfer.kernels.linear import Linear, make_linear, packing_works
+from riverinfer.kv_arena import available_memory, gib
+from riverinfer.model import DecoderLayer, Model
+from riverinfer.progress import Progress
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the first CUDA GPU if there is one, else the CPU. Raises InvalidRequestError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as exc:
+        raise InvalidRequestError(
+            f"unknown device {device!r}", field="device", remedy="use auto, cpu, cuda or cuda:N"
+        ) from exc
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequestError(
+            "this torch build or machine has no CUDA GPU", field="device", remedy="use auto or cpu"
+        )
+    if resolved.type not in ("cpu", "cuda"):
+        raise InvalidRequestError(
+            f"device {device!r} is not supported", field="device", remedy="use auto, cpu, cuda or cuda:N"
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """``auto`` is the checkpoint's dtype; on a CPU bfloat16 where it is fast there and stored so, else float32."""
+    if dtype == "auto":
+        if device.type != "cpu":
+            return stored
+        return torch.bfloat16 if stored == torch.bfloat16 and packing_works(stored) else torch.float32
+    name = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}.get(
+        dtype, dtype
+    )
+    if name not in DTYPES:
+        raise InvalidRequestError(
+            f"unknown dtype {dtype!r}", field="dtype", remedy=f"use auto, {', '.join(DTYPES)}"
+        )
+    return getattr(torch, name)
+
+
+@torch.inference_mode()
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    check: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Read every weight once. ``check`` refuses NaN and infinite weights (WeightsError).
+
+    On a CPU the embedding stays in the mapped file and only its used rows become resident; the file must not be
+    overwritten in place while the model is loaded.
+    """
+    config = checkpoint.config
+    need = sum(entry.nbytes // DTYPE_SIZE[entry.dtype] * dtype.itemsize for entry in checkpoint.entries.values())
+    available = available_memory(device)
+    if available is not None and need > available:
+        raise EngineMemoryError(
+            f"the weights need {gib(need)} on {device}, {gib(available)} are available",
+            file=checkpoint.model_dir,
+            remedy="free memory, use a 16-bit --dtype, or a smaller model",
+        )
+    report = progress or (lambda *_: None)
+    total = config.num_layers + 1
+    layers = []
+    for index in range(config.num_layers):
+        report("Loading weights", index, total, "layers")
+        with checkpoint.reader() as reader:
+            layers.append(_load_layer(_Placer(reader, device, dtype, check), checkpoint, index))
+    report("Loading weights", config.num_layers, total, "layers")
+    with checkpoint.reader() as reader:
+        place = _Placer(reader, device, dtype, check)
+        final_norm = place("model.norm.weight")
+        head = make_linear(place(checkpoint.head_name))
+    with checkpoint.reader() as reader:
+        embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check and head is not None)
+    report("Loading weights", total, total, "layers")
+    return Model(
+        config, embed=embed, layers=layers, final_norm=final_norm, head=head, dtype=dtype, device=device
+    )
+
+
+DTYPE_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+class _Placer:
+    """Copies tensors from the mapped files to their device and dtype, several stacked row-wise into one."""
+
+    def __init__(self, reader: TensorReader, device: torch.device, dtype: torch.dtype, check: bool) -> None:
+        self._reader, self._device, self._dtype, self._check = reader, device, dtype, check
+
+    def __call__(self, *names: str) -> Tensor:
+        sources = [self._reader(name) for name in names]
+        rows = sum(source.shape[0] for source in sources)
+        out = torch.empty((rows, *sources[0].shape[1:]), dtype=self._dtype, device=self._device)
+        row = 0
+        for name, source in zip(names, sources, strict=True):
+            if self._check:
+                _require_finite(source, name)
+            out[row : row + source.shape[0]].copy_(source)
+            row += source.shape[0]
+        return out
+
+    def optional(self, *names: str) -> Tensor | None:
+        return self(*names) if names[0] in self._reader else None
+
+    def linear(self, *names: str) -> Linear:
+        bias = self.optional(*[f"{name}.bias" for name in names])
+        return make_linear(self(*[f"{name}.weight" for name in names]), bias)
+
+
+def _load_layer(place: _Placer, checkpoint: Checkpoint, index: int) -> DecoderLayer:
+    config = checkpoint.config
+    layer = f"model.layers.{index}"
+    attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    qkv, gate_up = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+    if config.fused_checkpoint:
+        qkv, gate_up = ("qkv_proj",), ("gate_up_proj",)  # type: ignore[assignment]
+    return DecoderLayer(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        use_rope=config.rope_layers[index],
+        window=config.windows[index],
+        input_norm=place(f"{layer}.input_layernorm.weight"),
+        qkv=place.linear(*[f"{attn}.{name}" for name in qkv]),
+        o=place.linear(f"{attn}.o_proj"),
+        post_norm=place(f"{layer}.post_attention_layernorm.weight"),
+        gate_up=place.linear(*[f"{mlp}.{name}" for name in gate_up]),
+        down=place.linear(f"{mlp}.down_proj"),
+        q_norm=place.optional(f"{attn}.q_norm.weight"),
+        k_norm=place.optional(f"{attn}.k_norm.weight"),
+    )
+
+
+def _embedding(table: Tensor, device: torch.device, dtype: torch.dtype, check: bool) -> Callable[[Tensor], Tensor]:
+    if check:
+        _require_finite(table, "model.embed_tokens.weight")
+    if device.type != "cpu":
+        placed = table.to(device=device, dtype=dtype)
+        return lambda ids: placed[ids]
+    if table.dtype == dtype:
+        return lambda ids: table[ids]
+    return lambda ids: table[ids].to(dtype)
+
+
+def _require_finite(tensor: Tensor, name: str) -> None:
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise WeightsError(
+            f"has {bad} weights that are NaN or infinite", field=name, remedy="download the checkpoint again"
+        )

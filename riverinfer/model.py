@@ -1,0 +1,119 @@
+"""One decoder layer that reads a configuration, and the model around it: embedding, layers, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from riverinfer.config import ModelConfig
+from riverinfer.kernels.linear import Linear
+from riverinfer.kernels.torch_ops import attention, causal_mask, rms_norm, rotate, silu_mul
+from riverinfer.rope import Rope, query_scale
+
+
+@dataclass(slots=True)
+class StepContext:
+    """What all layers share while the T tokens at positions start .. end - 1 of one sequence pass through."""
+
+    start: int
+    end: int
+    cos: Tensor  # [T, 1, rotary_dim] float32
+    sin: Tensor
+    query_scale: Tensor | None  # [T, 1, 1] float32
+    masks: dict[int | None, tuple[int, Tensor | None]]  # by window: first visible position, mask
+
+
+@dataclass(slots=True)
+class DecoderLayer:
+    """Pre-norm attention and gated MLP. Holds weights; writes K and V where the caller's cache says."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    use_rope: bool
+    window: int | None
+    input_norm: Tensor  # [H]
+    qkv: Linear  # [(Hq + 2 Hkv) D, H]
+    o: Linear  # [H, Hq D]
+    post_norm: Tensor  # [H]
+    gate_up: Linear  # [2 I, H], gate first
+    down: Linear  # [H, I]
+    q_norm: Tensor | None = None  # [D]
+    k_norm: Tensor | None = None
+
+    def __call__(self, h: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """h [T, H] to h [T, H]; k_cache, v_cache [Hkv, S, D] get the positions of this step."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(rms_norm(h, self.input_norm, self.eps))
+        qkv = qkv.view(h.shape[0], heads + 2 * kv_heads, self.head_dim)  # [T, Hq + 2 Hkv, D]
+        qk = qkv[:, : heads + kv_heads]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((heads, kv_heads), 1)
+            qk = torch.cat((rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)), 1)
+        if self.use_rope:
+            qk = rotate(qk, step.cos, step.sin)
+        q = qk[:, :heads]
+        if step.query_scale is not None:
+            q = q * step.query_scale
+        k_cache[:, step.start : step.end] = qk[:, heads:].transpose(0, 1)
+        v_cache[:, step.start : step.end] = qkv[:, heads + kv_heads :].transpose(0, 1)
+        first, mask = step.masks[self.window]
+        mixed = attention(
+            q.to(h.dtype), k_cache[:, first : step.end], v_cache[:, first : step.end], mask
+        )  # [T, Hq D]
+        h = self.o.add_to(h, mixed)
+        return self.down.add_to(h, silu_mul(self.gate_up(rms_norm(h, self.post_norm, self.eps))))
+
+
+class Model:
+    """A decoder-only language model: layers plus what turns ids into states and states into logits."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        embed: Callable[[Tensor], Tensor],
+        layers: list[DecoderLayer],
+        final_norm: Tensor,
+        head: Linear,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.embed = embed  # int64 [T] -> [T, H] in dtype on device
+        self.layers = layers
+        self.final_norm = final_norm
+        self.head = head
+        self.dtype = dtype
+        self.device = device
+        self.rope = Rope(config.rope, device)
+        self._windows = set(config.windows)
+
+    def step_context(self, start: int, length: int, seq_len: int) -> StepContext:
+        """Shared tensors for ``length`` tokens from position ``start`` of a sequence that will be ``seq_len`` long."""
+        positions = torch.arange(start, start + length, dtype=torch.float32, device=self.device)  # [T]
+        cos, sin = self.rope.tables(positions, seq_len)
+        scaling = self.config.query_scaling
+        return StepContext(
+            start=start,
+            end=start + length,
+            cos=cos,
+            sin=sin,
+            query_scale=None if scaling is None else query_scale(scaling, positions),
+            masks={window: causal_mask(start, length, window, self.device) for window in self._windows},
+        )
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states [T, H] after the last layer to float32 logits [T, vocab]."""
+        return self.head(rms_norm(h, self.final_norm, self.config.rms_norm_eps)).float()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all matrices that a token's pass reads: the layers' linears and the head."""
+        return self.head.weight_bytes + sum(
+            linear.weight_bytes for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
