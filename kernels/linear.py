@@ -6,7 +6,7 @@ On a CPU, oneDNN multiplies from a blocked copy of the weights: for bfloat16 at 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -63,7 +63,7 @@ class PackedLinear:
         return self._linear_add(x, residual, self._packed, self.bias, "add")
 
 
-@lru_cache(maxsize=None)
+@cache
 def packing_works(dtype: torch.dtype) -> bool:
     """Whether this torch build and CPU multiply ``dtype`` from blocked weights, and rightly. Tried, not guessed."""
     if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():

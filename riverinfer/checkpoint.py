@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from riverinfer.config import ModelConfig, load_config, read_json
+from riverinfer.config import ModelConfig, load_config
 from riverinfer.errors import ModelNotFoundError, RiverinferWarning, UnsupportedModelError, WeightsError
+from riverinfer.json_fields import read_json
 
 DTYPE_NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -61,9 +62,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
         projections = (
-            [("qkv_proj", c.qkv_size)]
-            if c.fused_checkpoint
-            else [("q_proj", heads), ("k_proj", kv), ("v_proj", kv)]
+            [("qkv_proj", c.qkv_size)] if c.fused_checkpoint else [("q_proj", heads), ("k_proj", kv), ("v_proj", kv)]
         )
         for name, rows in projections:
             shapes[f"{attn}{name}.weight"] = (rows, hidden)
@@ -114,6 +113,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of the tensors that belong to the model, as stored."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, a tied head counted once."""
+        return sum(entry.nbytes // _ITEM_SIZES[entry.dtype] for entry in self.entries.values())
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -6,14 +6,14 @@ Model families differ only in the fields below. Old (``rope_theta``, ``rope_scal
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from riverinfer.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from riverinfer.errors import ModelNotFoundError
+from riverinfer.json_fields import JsonFields, read_json
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -43,13 +43,9 @@ FAMILIES: dict[str, _Family] = {
     "ministral": _Family(window="layer_types", default_window=4096),
     "ministral3": _Family(window="always", rms_norm_eps=1e-5, head_dim=128),
     "qwen2": _Family(qkv_bias=True, window="opt-in", default_window=4096),
-    "qwen3": _Family(
-        qkv_bias=None, o_bias=None, qk_norm=True, window="opt-in", default_window=4096, head_dim=128
-    ),
+    "qwen3": _Family(qkv_bias=None, o_bias=None, qk_norm=True, window="opt-in", default_window=4096, head_dim=128),
     "phi3": _Family(fused=True, window="always", rms_norm_eps=1e-5),
-    "smollm3": _Family(
-        qkv_bias=None, o_bias=None, mlp_bias=None, window="opt-in", rope_theta=2e6, nope=True, tie=True
-    ),
+    "smollm3": _Family(qkv_bias=None, o_bias=None, mlp_bias=None, window="opt-in", rope_theta=2e6, nope=True, tie=True),
 }
 # Multimodal wrappers whose text part is one of the families above.
 WRAPPERS = ("mistral3",)
@@ -124,24 +120,15 @@ class ModelConfig:
         """Rows of the fused q, k, v projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    @property
+    def context_limit(self) -> int:
+        """Most positions a sequence may have: trained ones, times the factor where dynamic scaling extends them."""
+        factor = self.rope.factor if self.rope.rope_type == "dynamic" and self.rope.factor else 1.0
+        return int(self.max_position_embeddings * factor)
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V that one position takes over all layers, at ``itemsize`` bytes an element."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
-
-
-def read_json(path: Path, error: type[ConfigError] = ConfigError) -> dict[str, Any]:
-    """Parse a JSON object. Raises ``error`` when the file cannot be read, is no JSON, or is not an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise error(f"cannot be read ({exc.strerror})", file=path, remedy="check the file") from exc
-    except ValueError as exc:
-        raise error(
-            f"is not valid JSON ({exc})", file=path, remedy="download or write the file again"
-        ) from exc
-    if not isinstance(data, dict):
-        raise error("is not a JSON object", file=path, remedy="download or write the file again")
-    return data
 
 
 def load_config(model_dir: Path) -> ModelConfig:
@@ -173,68 +160,9 @@ def load_config(model_dir: Path) -> ModelConfig:
     return parse_config(read_json(path), path)
 
 
-class _Fields:
-    """Typed access to one JSON object of a file; every complaint names the file and the field."""
-
-    def __init__(self, raw: Mapping[str, Any], path: Path, prefix: str = "") -> None:
-        self.raw, self.path, self.prefix = raw, path, prefix
-
-    def error(self, name: str, problem: str) -> ConfigError:
-        return ConfigError(problem, file=self.path, field=self.prefix + name, remedy="correct the field")
-
-    def unsupported(self, name: str, problem: str, remedy: str) -> UnsupportedModelError:
-        return UnsupportedModelError(problem, file=self.path, field=self.prefix + name, remedy=remedy)
-
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        value = self.raw.get(name)
-        if value is None:
-            if default is None:
-                raise self.error(name, "is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(name, f"must be an integer, not {value!r}")
-        if value < minimum:
-            raise self.error(name, f"must be at least {minimum}, not {value}")
-        return value
-
-    def number(self, name: str, default: float | None = None, *, positive: bool = True) -> float:
-        value = self.raw.get(name)
-        if value is None:
-            if default is None:
-                raise self.error(name, "is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.error(name, f"must be a number, not {value!r}")
-        if positive and value <= 0:
-            raise self.error(name, f"must be positive, not {value}")
-        return float(value)
-
-    def optional_number(self, name: str) -> float | None:
-        return None if self.raw.get(name) is None else self.number(name, positive=False)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.raw.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, f"must be true or false, not {value!r}")
-        return value
-
-    def number_list(self, name: str, length: int) -> tuple[float, ...]:
-        value = self.raw.get(name)
-        if not isinstance(value, list) or not all(
-            isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x > 0
-            for x in value
-        ):
-            raise self.error(name, "must be a list of positive numbers")
-        if len(value) != length:
-            raise self.error(name, f"must have {length} entries, not {len(value)}")
-        return tuple(float(x) for x in value)
-
-
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     """``config.json`` as a mapping to a ``ModelConfig``; ``path`` is used in messages only."""
-    outer = _Fields(raw, path)
+    outer = JsonFields(raw, path)
     model_type = raw.get("model_type")
     nested = isinstance(raw.get("text_config"), dict)
     if nested and model_type in WRAPPERS:
@@ -245,7 +173,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         for key in ("quantization_config", "eos_token_id", "bos_token_id"):
             if raw.get(key) is not None:
                 text.setdefault(key, raw[key])
-        fields = _Fields(text, path, "text_config.")
+        fields = JsonFields(text, path, "text_config.")
     else:
         nested, fields = False, outer
         tie = raw.get("tie_word_embeddings")
@@ -304,12 +232,12 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         nested=nested,
         query_scaling=_query_scaling(fields, rope_raw, rope),
         stored_dtype=_stored_dtype(fields),
-        bos_token_id=_token_ids(fields, "bos_token_id")[:1][0] if _token_ids(fields, "bos_token_id") else None,
-        eos_token_ids=_token_ids(fields, "eos_token_id"),
+        bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
+        eos_token_ids=fields.token_ids("eos_token_id"),
     )
 
 
-def _refuse_features(fields: _Fields) -> None:
+def _refuse_features(fields: JsonFields) -> None:
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if fields.raw.get(name):
             raise fields.unsupported(
@@ -328,13 +256,11 @@ def _refuse_features(fields: _Fields) -> None:
         )
     activation = fields.raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise fields.unsupported(
-            "hidden_act", f"activation {activation!r} is not supported", "supported: silu (swish)"
-        )
+        raise fields.unsupported("hidden_act", f"activation {activation!r} is not supported", "supported: silu (swish)")
 
 
 def _parse_rope(
-    fields: _Fields, family_name: str, family: _Family, head_dim: int
+    fields: JsonFields, family_name: str, family: _Family, head_dim: int
 ) -> tuple[RopeConfig, Mapping[str, Any]]:
     where = "rope_parameters" if fields.raw.get("rope_parameters") else "rope_scaling"
     raw = fields.raw.get(where) or {}
@@ -343,9 +269,7 @@ def _parse_rope(
     if raw and all(value is None or isinstance(value, dict) for value in raw.values()):
         kinds = list(raw.values())
         if any(kind != kinds[0] for kind in kinds) or kinds[0] is None:
-            raise fields.unsupported(
-                where, "a rotary embedding per layer type is not supported", "use another model"
-            )
+            raise fields.unsupported(where, "a rotary embedding per layer type is not supported", "use another model")
         raw = kinds[0]
     if family_name == "ministral3" and not raw:
         raw = {
@@ -357,7 +281,7 @@ def _parse_rope(
             "mscale_all_dim": 1.0,
             "llama_4_scaling_beta": 0.1,
         }
-    rope = _Fields(raw, fields.path, f"{fields.prefix}{where}.")
+    rope = JsonFields(raw, fields.path, f"{fields.prefix}{where}.")
     rope_type = raw.get("rope_type") or raw.get("type") or "default"
     if family_name == "phi3" and rope_type in ("su", "yarn"):
         rope_type = "longrope"
@@ -413,7 +337,7 @@ def _parse_rope(
     )
 
 
-def _query_scaling(fields: _Fields, rope_raw: Mapping[str, Any], rope: RopeConfig) -> QueryScaling | None:
+def _query_scaling(fields: JsonFields, rope_raw: Mapping[str, Any], rope: RopeConfig) -> QueryScaling | None:
     beta = rope_raw.get("llama_4_scaling_beta")
     if beta is None:
         return None
@@ -422,7 +346,7 @@ def _query_scaling(fields: _Fields, rope_raw: Mapping[str, Any], rope: RopeConfi
     return QueryScaling(float(beta), rope.original_max_position_embeddings)
 
 
-def _rope_layers(fields: _Fields, family: _Family, layers: int) -> tuple[bool, ...]:
+def _rope_layers(fields: JsonFields, family: _Family, layers: int) -> tuple[bool, ...]:
     if not family.nope:
         return (True,) * layers
     listed = fields.raw.get("no_rope_layers")
@@ -434,7 +358,7 @@ def _rope_layers(fields: _Fields, family: _Family, layers: int) -> tuple[bool, .
     return tuple(bool(x) for x in listed[:layers])
 
 
-def _windows(fields: _Fields, family: _Family, layers: int) -> tuple[int | None, ...]:
+def _windows(fields: JsonFields, family: _Family, layers: int) -> tuple[int | None, ...]:
     if "sliding_window" in fields.raw:
         window = None if fields.raw["sliding_window"] is None else fields.integer("sliding_window")
     else:
@@ -462,19 +386,9 @@ def _windows(fields: _Fields, family: _Family, layers: int) -> tuple[int | None,
     return tuple(known[kind] for kind in kinds[:layers])
 
 
-def _stored_dtype(fields: _Fields) -> str | None:
+def _stored_dtype(fields: JsonFields) -> str | None:
     value = fields.raw.get("dtype") or fields.raw.get("torch_dtype")
     if value is None:
         return None
     name = str(value).removeprefix("torch.")
     return name if name in DTYPES else None
-
-
-def _token_ids(fields: _Fields, name: str) -> tuple[int, ...]:
-    value = fields.raw.get(name)
-    if value is None:
-        return ()
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in values):
-        raise fields.error(name, f"must be a token id or a list of them, not {value!r}")
-    return tuple(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,11 @@ def prefill(
     *,
     chunk: int = PREFILL_CHUNK,
     all_logits: bool = False,
+    on_chunk: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Write K and V of ``ids`` from position ``start`` on, chunk by chunk.
+
+    ``on_chunk`` is called with the number of ``ids`` whose K and V are complete.
 
     Returns float32 logits: [T, vocab] with ``all_logits``, else [1, vocab] of the last token.
     """
@@ -60,6 +63,8 @@ def prefill(
         h = walk(model, part, start + offset, kv, seq_len=seq_len)
         if all_logits:
             rows.append(model.logits(h))
+        if on_chunk is not None:
+            on_chunk(min(offset + chunk, len(ids)))
     return torch.cat(rows) if all_logits else model.logits(h[-1:])
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from riverinfer.outputs import Output
 
 
 class RiverinferError(Exception):
@@ -64,7 +68,12 @@ class InvalidRequestError(RiverinferError, ValueError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """The tokens do not fit into the context the engine was loaded with."""
+    """The tokens do not fit into the context the engine was loaded with.
+
+    ``output``: what ``Engine.generate`` had produced when the context ran full, else None.
+    """
+
+    output: Output | None = None
 
 
 class EngineMemoryError(RiverinferError, MemoryError):

@@ -35,8 +35,7 @@ class KVArena:
         except RuntimeError as exc:
             raise _too_large(self.nbytes, None, slots, ctx_size, device) from exc
         self._views = [
-            [(self.k[layer, slot], self.v[layer, slot]) for layer in range(config.num_layers)]
-            for slot in range(slots)
+            [(self.k[layer, slot], self.v[layer, slot]) for layer in range(config.num_layers)] for slot in range(slots)
         ]
 
     def slot(self, index: int) -> list[tuple[Tensor, Tensor]]:
@@ -102,5 +101,7 @@ def _too_large(
 
 
 def gib(nbytes: int) -> str:
-    """Bytes for people: MiB below one GiB, else GiB."""
+    """Bytes for people: KiB, MiB or GiB."""
+    if nbytes < 2**20:
+        return f"{nbytes / 2**10:.1f} KiB"
     return f"{nbytes / 2**20:.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"

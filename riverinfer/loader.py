@@ -47,9 +47,7 @@ def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torc
         dtype, dtype
     )
     if name not in DTYPES:
-        raise InvalidRequestError(
-            f"unknown dtype {dtype!r}", field="dtype", remedy=f"use auto, {', '.join(DTYPES)}"
-        )
+        raise InvalidRequestError(f"unknown dtype {dtype!r}", field="dtype", remedy=f"use auto, {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 
@@ -68,7 +66,7 @@ def load_model(
     overwritten in place while the model is loaded.
     """
     config = checkpoint.config
-    need = sum(entry.nbytes // DTYPE_SIZE[entry.dtype] * dtype.itemsize for entry in checkpoint.entries.values())
+    need = checkpoint.parameters * dtype.itemsize
     available = available_memory(device)
     if available is not None and need > available:
         raise EngineMemoryError(
@@ -89,14 +87,16 @@ def load_model(
         final_norm = place("model.norm.weight")
         head = make_linear(place(checkpoint.head_name))
     with checkpoint.reader() as reader:
-        embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check and head is not None)
+        embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check)
     report("Loading weights", total, total, "layers")
-    return Model(
-        config, embed=embed, layers=layers, final_norm=final_norm, head=head, dtype=dtype, device=device
-    )
+    return Model(config, embed=embed, layers=layers, final_norm=final_norm, head=head, dtype=dtype, device=device)
 
 
-DTYPE_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Read every weight; raise WeightsError naming the first tensor with NaN or infinite values."""
+    for name in checkpoint.entries:
+        with checkpoint.reader() as reader:
+            _require_finite(reader(name), name)
 
 
 class _Placer:

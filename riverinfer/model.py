@@ -62,9 +62,7 @@ class DecoderLayer:
         k_cache[:, step.start : step.end] = qk[:, heads:].transpose(0, 1)
         v_cache[:, step.start : step.end] = qkv[:, heads + kv_heads :].transpose(0, 1)
         first, mask = step.masks[self.window]
-        mixed = attention(
-            q.to(h.dtype), k_cache[:, first : step.end], v_cache[:, first : step.end], mask
-        )  # [T, Hq D]
+        mixed = attention(q.to(h.dtype), k_cache[:, first : step.end], v_cache[:, first : step.end], mask)  # [T, Hq D]
         h = self.o.add_to(h, mixed)
         return self.down.add_to(h, silu_mul(self.gate_up(rms_norm(h, self.post_norm, self.eps))))
 

@@ -79,6 +79,7 @@ class Rope:
             theta *= (c.factor * length / c.max_position_embeddings - (c.factor - 1)) ** (dim / (dim - 2))
         base = theta**exponents
         if c.rope_type == "linear":
+            assert c.factor is not None
             return (1.0 / base) / c.factor
         if c.rope_type == "llama3":
             return _llama3(c, 1.0 / base)

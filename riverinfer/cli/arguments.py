@@ -1,0 +1,167 @@
+"""Commands and flags, under the names that users of neighbouring tools have in their fingers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; ``--ctx_size`` is ``--ctx-size``. Exits 2 on usage errors, 0 after --help."""
+    return build_parser().parse_args([_dashes(word) for word in argv])
+
+
+def _dashes(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="riverinfer",
+        description="Inference for decoder-only language models: the next token sooner, and right.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_VersionAction)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    chat = _command(commands, "chat", "chat with a model in the terminal, or one message a line through a pipe")
+    _model(chat)
+    _runtime(chat)
+    _sampling(chat)
+    _template(chat)
+    _prompt(chat)
+    chat.add_argument("-st", "--single-turn", action="store_true", help="answer once and exit")
+    chat.add_argument("--no-history", action="store_true", help="do not keep an input history file")
+    chat.add_argument("--no-stats", action="store_true", help="no line of timings after each answer")
+    chat.add_argument("--color", choices=("auto", "on", "off"), default="auto", help="default: auto")
+
+    generate = _command(commands, "generate", "answer or continue one prompt and exit")
+    _model(generate)
+    _runtime(generate)
+    _sampling(generate)
+    _template(generate)
+    _prompt(generate)
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    generate.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and the N most probable tokens"
+    )
+    generate.add_argument("--stats", action="store_true", help="print timings to stderr at the end")
+
+    convert = _command(commands, "convert", "turn a GGUF file or a PyTorch checkpoint into a model folder")
+    convert.add_argument("src", type=Path, metavar="SRC", help="a .gguf file, or a folder with .bin/.pth weights")
+    convert.add_argument("dst", type=Path, metavar="DST", help="the folder to make; must not exist or be empty")
+    convert.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the result (default: by source)"
+    )
+
+    info = _command(commands, "info", "say what would be loaded, without loading it")
+    _model(info)
+    info.add_argument("--dtype", default="auto", help="as for chat")
+    info.add_argument("--device", default="auto", help="as for chat")
+    info.add_argument("-c", "--ctx-size", type=int, default=4096, metavar="N", help="context to size the cache for")
+    info.add_argument("--check", action="store_true", help="read all weights and refuse NaN or infinite ones")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+class _VersionAction(argparse.Action):
+    """Looks the version up only when asked: reading package metadata costs start-up time."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import riverinfer
+
+        print(f"riverinfer {riverinfer.__version__}")
+        parser.exit()
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model_dir",
+        type=Path,
+        nargs="?",
+        metavar="MODEL_DIR",
+        help="a model folder as the hub has them; without it the demo model, SmolLM2-135M-Instruct",
+    )
+
+
+def _runtime(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--mode", choices=("exact",), default="exact", help="how tokens are computed (default: exact)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: auto)")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
+    group.add_argument(
+        "-c", "--ctx-size", type=int, default=4096, metavar="N", help="positions of context, 0 = the model's own"
+    )
+    group.add_argument("--check", action="store_true", help="refuse weights that are NaN or infinite")
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "sampling", "Defaults are the model's own, from generation_config.json; greedy where it says nothing."
+    )
+    group.add_argument(
+        "-n", "--max-tokens", "--predict", "--n-predict", type=int, metavar="N", help="stop after N tokens, -1 = never"
+    )
+    group.add_argument("--temp", "--temperature", dest="temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="0 keeps every token")
+    group.add_argument("--top-p", type=float, metavar="P", help="1 keeps every token")
+    group.add_argument("--min-p", type=float, metavar="P", help="0 keeps every token")
+    group.add_argument(
+        "--repeat-penalty", "--repetition-penalty", dest="repetition_penalty", type=float, metavar="R", help="1 is none"
+    )
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="-1 draws one; the one used is printed")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence tokens")
+    group.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="none ignores the model's sampling defaults (default: auto)",
+    )
+
+
+def _template(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("chat template")
+    group.add_argument("-sys", "--system-prompt", metavar="TEXT")
+    group.add_argument("--system-prompt-file", type=Path, metavar="FILE")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file instead of the model's own")
+    which.add_argument("--no-chat-template", action="store_true", help="send bare text")
+    group.add_argument(
+        "--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help="variables for the template"
+    )
+
+
+def _prompt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt").add_mutually_exclusive_group()
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="- reads standard input")
+    group.add_argument("-f", "--file", type=Path, metavar="FILE", help="read the prompt from a file")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"is not valid JSON ({exc})") from exc
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value

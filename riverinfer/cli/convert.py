@@ -1,0 +1,17 @@
+"""``riverinfer convert SRC DST``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from riverinfer.progress import ConsoleProgress
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and say what was made."""
+    from riverinfer.weights_convert import convert
+
+    report = convert(args.src, args.dst, dtype=args.dtype, progress=ConsoleProgress())
+    print(report, file=sys.stdout)
+    return 0

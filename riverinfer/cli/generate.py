@@ -1,0 +1,102 @@
+"""``riverinfer generate``: one prompt in, one answer out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from riverinfer.cli.setup import given_prompt, load_engine, make_session, sampling_params
+from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferError
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+    from riverinfer.outputs import Output
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stream the answer to stdout, or print one JSON object.
+
+    With a chat template the prompt is one user message; without, it is continued as bare text.
+    """
+    if args.logprobs is not None and not args.json:
+        raise InvalidRequestError("--logprobs needs --json", remedy="add --json")
+    prompt = given_prompt(args)
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise InvalidRequestError("there is no prompt", remedy="give -p TEXT, -f FILE, or pipe it in")
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty", remedy="give at least one character")
+    with load_engine(args) as engine:
+        return _generate(args, engine, prompt)
+
+
+def _generate(args: argparse.Namespace, engine: Engine, prompt: str) -> int:
+    from riverinfer.outputs import Output
+
+    params = sampling_params(args, engine)
+    session = make_session(args, engine, template_optional=True)
+    output = Output()
+    error: RiverinferError | None = None
+    if session.template is None:
+        text = (session.system or "") + prompt
+        steps = engine.stream(text, params, output=output)
+    else:
+        steps = session.send(prompt, params, output=output)
+    try:
+        for step in steps:
+            if not args.json:
+                print(step.text, end="", flush=True)
+    except ContextLengthError as exc:
+        if not output.token_ids:
+            raise
+        error = exc
+    if args.json:
+        print(json.dumps(_as_json(engine, output, params.logprobs, error), ensure_ascii=False))
+    else:
+        print()
+        print(f"seed {output.seed}", file=sys.stderr)
+    if args.stats:
+        print(format_stats(output), file=sys.stderr)
+    if error is not None:
+        raise error
+    return 0
+
+
+def _as_json(engine: Engine, output: Output, logprobs: int | None, error: RiverinferError | None) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "model": engine.model_dir.name,
+        "mode": engine.mode,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "seed": output.seed,
+        "stats": output.stats.as_dict(),
+    }
+    if logprobs is not None:
+        name = engine.tokenizer.token_text
+        tops = output.top_logprobs or [()] * len(output.token_ids)
+        result["logprobs"] = [
+            {
+                "token_id": token,
+                "token": name(token),
+                "logprob": logprob,
+                "top": [{"token_id": t, "token": name(t), "logprob": value} for t, value in top],
+            }
+            for token, logprob, top in zip(output.token_ids, output.logprobs, tops, strict=True)
+        ]
+    if error is not None:
+        result["error"] = str(error)
+    return result
+
+
+def format_stats(output: Output) -> str:
+    """The line after an answer: prompt (cached), time to first token, tokens and rate."""
+    stats = output.stats
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    parts = [f"prompt {stats.prompt_tokens} tokens{cached}", f"first token {stats.ttft_s * 1000:.0f} ms"]
+    rate = f" at {stats.decode_tokens_per_s:.1f} tokens/s" if stats.decode_tokens_per_s else ""
+    parts.append(f"{stats.new_tokens} tokens{rate}")
+    return " · ".join(parts)

@@ -1,0 +1,131 @@
+"""From parsed flags to an engine, sampling parameters, a session and a prompt: shared by chat and generate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from riverinfer.errors import InvalidRequestError
+from riverinfer.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+    from riverinfer.sampling import SamplingParams
+    from riverinfer.session import ChatSession
+
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def model_dir(args: argparse.Namespace) -> Path:
+    """The folder named on the command line, else the demo model's, made on first use."""
+    if args.model_dir is not None:
+        return args.model_dir
+    from riverinfer.demo import demo_model
+
+    return demo_model(progress=ConsoleProgress())
+
+
+def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
+    """Load the model the flags ask for, showing progress on stderr."""
+    folder = model_dir(args)
+    from riverinfer.engine import Engine
+
+    return Engine.load(
+        folder,
+        device=args.device,
+        dtype=args.dtype,
+        ctx_size=args.ctx_size,
+        max_sequences=max_sequences,
+        mode=args.mode,
+        threads=args.threads,
+        check=args.check,
+        progress=ConsoleProgress() if sys.stderr.isatty() else None,
+    )
+
+
+def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
+    """Flags over the model's recommended values. The seed is drawn here, so that it can be shown."""
+    from riverinfer.sampling import SamplingParams
+
+    recommended = {} if args.generation_config == "none" else engine.generation_config.sampling
+    chosen: dict[str, Any] = dict(recommended)
+    for name in SAMPLING_FLAGS:
+        if getattr(args, name) is not None:
+            chosen[name] = getattr(args, name)
+    return SamplingParams(
+        **chosen,
+        seed=None if args.seed in (None, -1) else args.seed,
+        max_tokens=None if args.max_tokens in (None, -1) else args.max_tokens,
+        stop=tuple(args.stop or ()),
+        ignore_eos=args.ignore_eos,
+        logprobs=getattr(args, "logprobs", None),
+    ).with_seed()
+
+
+def make_session(args: argparse.Namespace, engine: Engine, *, template_optional: bool = False) -> ChatSession:
+    """A session with the system prompt and template of the flags.
+
+    ``template_optional``: a model without a chat template gets bare text instead of an error.
+    """
+    system = args.system_prompt
+    if args.system_prompt_file is not None:
+        if system is not None:
+            raise InvalidRequestError(
+                "--system-prompt and --system-prompt-file exclude each other", remedy="give one of them"
+            )
+        system = read_text(args.system_prompt_file)
+    use_template = not args.no_chat_template
+    if use_template and template_optional and args.chat_template is None:
+        from riverinfer.chat_template import load_templates
+
+        use_template = bool(load_templates(engine.model_dir))
+    return engine.session(
+        system=system,
+        chat_template=None if args.chat_template is None else read_text(args.chat_template),
+        use_template=use_template,
+        template_kwargs=args.chat_template_kwargs,
+    )
+
+
+def given_prompt(args: argparse.Namespace) -> str | None:
+    """The text of --prompt or --file; ``-p -`` reads standard input to its end."""
+    if args.prompt == "-":
+        return sys.stdin.read()
+    if args.file is not None:
+        return read_text(args.file)
+    return args.prompt
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises InvalidRequestError naming it."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except OSError as exc:
+        raise InvalidRequestError(f"cannot be read ({exc.strerror})", file=path, remedy="check the path") from exc
+    except UnicodeDecodeError as exc:
+        raise InvalidRequestError("is not UTF-8 text", file=path, remedy="give a text file") from exc
+
+
+def describe_params(params: SamplingParams, engine: Engine | None = None) -> str:
+    """One line for people: the sampling in force and, if from the model's files, whence."""
+    parts = []
+    if params.temperature == 0:
+        parts.append("greedy")
+    else:
+        parts.append(f"temp {params.temperature:g}")
+        parts += [f"top-k {params.top_k}"] if params.top_k else []
+        parts += [f"top-p {params.top_p:g}"] if params.top_p < 1 else []
+        parts += [f"min-p {params.min_p:g}"] if params.min_p else []
+    parts += [f"repeat-penalty {params.repetition_penalty:g}"] if params.repetition_penalty != 1 else []
+    parts += [f"max-tokens {params.max_tokens}"] if params.max_tokens else []
+    parts += [f"stop {stop!r}" for stop in params.stop]
+    parts += ["ignore-eos"] if params.ignore_eos else []
+    parts.append(f"seed {params.seed}")
+    line = " · ".join(parts)
+    config = engine.generation_config if engine else None
+    taken = [name for name, value in (config.sampling.items() if config else ()) if getattr(params, name) == value]
+    if taken and config:
+        line += f" ({', '.join(taken)} from {config.origin}; --generation-config none ignores it)"
+    return line

@@ -1,0 +1,158 @@
+"""Input and output of a chat: a line editor with history on a terminal, bare lines in a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from riverinfer.cache_dir import history_file
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+_BLOCK = '"""'
+
+
+class Terminal(Protocol):
+    """What the chat loop needs of its surroundings."""
+
+    interactive: bool
+
+    def read(self, draft: str = "", *, complete: Sequence[str] = ()) -> str:
+        """The next input. Raises EOFError at its end, KeyboardInterrupt on Ctrl-C."""
+        ...
+
+    def write(self, text: str) -> None:
+        """Part of an answer."""
+        ...
+
+    def end_answer(self) -> None:
+        """The answer is complete."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line that is not part of an answer."""
+        ...
+
+
+def open_terminal(*, color: str = "auto", history: bool = True) -> Terminal:
+    """A line editor if both ends are a terminal, else plain lines."""
+    dim = color == "on" or (color == "auto" and sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return EditorTerminal(dim=dim, history=history)
+    return PipeTerminal(dim=dim)
+
+
+class PipeTerminal:
+    """One message a line from stdin; answers to stdout, notes to stderr."""
+
+    interactive = False
+
+    def __init__(self, *, dim: bool = False) -> None:
+        self._dim = dim
+        self._line_open = False
+
+    def read(self, draft: str = "", *, complete: Sequence[str] = ()) -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+    def write(self, text: str) -> None:
+        if text:
+            self._line_open = not text.endswith("\n")
+            print(text, end="", flush=True)
+
+    def end_answer(self) -> None:
+        if self._line_open:
+            print(flush=True)
+        self._line_open = False
+
+    def note(self, text: str) -> None:
+        if self._line_open:
+            print(flush=True)
+            self._line_open = False
+        print(f"{_DIM}{text}{_RESET}" if self._dim else text, file=sys.stderr, flush=True)
+
+
+class EditorTerminal(PipeTerminal):
+    """A line editor: history across restarts, completion of commands, multi-line paste and input.
+
+    Enter sends. Alt-Enter or Ctrl-J, a backslash at the end of a line, or an open triple quote start a new line.
+    """
+
+    interactive = True
+
+    def __init__(self, *, dim: bool, history: bool) -> None:
+        super().__init__(dim=dim)
+        self._session = _prompt_session(history)
+
+    def read(self, draft: str = "", *, complete: Sequence[str] = ()) -> str:
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.document import Document
+
+        completer = WordCompleter(list(complete), sentence=True) if complete else None
+        text = self._session.prompt("> ", default=Document(draft) if draft else "", completer=completer)
+        text = text.replace("\r\n", "\n")
+        if text.startswith(_BLOCK) and text.rstrip().endswith(_BLOCK) and len(text.strip()) >= 2 * len(_BLOCK):
+            text = text.strip()[len(_BLOCK) : -len(_BLOCK)].strip("\n")
+        return text
+
+
+def _prompt_session(history: bool) -> PromptSession[str]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+    kept: History = InMemoryHistory()
+    if history:
+        path = history_file()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            kept = FileHistory(str(path))
+        except OSError:
+            # A read-only home is no reason not to chat.
+            kept = InMemoryHistory()
+    return PromptSession(
+        history=kept,
+        multiline=True,
+        prompt_continuation="  ",
+        key_bindings=_keys(),
+        complete_while_typing=False,
+        enable_open_in_editor=True,
+    )
+
+
+def _keys() -> KeyBindings:
+    from prompt_toolkit.filters import completion_is_selected
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter", filter=~completion_is_selected)
+    def _send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        text = buffer.text
+        at_end = buffer.cursor_position == len(text)
+        if at_end and text.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        elif text.startswith(_BLOCK) and text.count(_BLOCK) < 2:
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("enter", filter=completion_is_selected)
+    def _accept(event: KeyPressEvent) -> None:
+        event.current_buffer.complete_state = None
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _newline(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys

@@ -1,0 +1,294 @@
+"""The engine: a loaded model, its KV arena, and the calls that turn text into text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from riverinfer.checkpoint import Checkpoint
+from riverinfer.detokenizer import StreamingDetokenizer
+from riverinfer.errors import ContextLengthError, EngineClosedError, InvalidRequestError
+from riverinfer.generation_config import GenerationConfig, load_generation_config
+from riverinfer.kv_arena import KVArena
+from riverinfer.loader import load_model, resolve_device, resolve_dtype
+from riverinfer.model import Model
+from riverinfer.outputs import Output, Step
+from riverinfer.progress import Progress
+from riverinfer.sampling import Sampler, SamplingParams
+from riverinfer.sequence import SlotPool, TokenSequence
+from riverinfer.stop_strings import StopStrings
+from riverinfer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from riverinfer.session import ChatSession
+
+MODES = ("exact",)
+
+
+class Engine:
+    """One loaded model. Safe to use from several threads: model steps queue, each caller keeps its own state.
+
+    ``Engine.load`` makes one; use it as a context manager or call ``close``.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        model: Model,
+        tokenizer: Tokenizer,
+        generation_config: GenerationConfig,
+        arena: KVArena,
+        mode: str,
+    ) -> None:
+        self.model_dir = model_dir
+        self.model = model
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+        self.mode = mode
+        self.ctx_size = arena.ctx_size
+        self.slots = SlotPool(arena)
+        self._arena: KVArena | None = arena
+        self._step_lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        ctx_size: int = 4096,
+        max_sequences: int = 4,
+        mode: str = "exact",
+        threads: int | None = None,
+        check: bool = False,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a model folder.
+
+        device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto", "float32", "float16" or "bfloat16".
+        ctx_size: positions of one sequence, prompt and answer together; 0 takes the model's own limit, and more than
+            that limit is capped to it (``engine.ctx_size`` tells). max_sequences: how many can be live at once; the
+            KV arena is allocated for all of them here.
+        mode: "exact", the checkpoint's own computation. threads: CPU threads for torch, process-wide.
+        check: refuse weights that are NaN or infinite. progress: called while weights are read.
+
+        Raises ModelNotFoundError, ConfigError, UnsupportedModelError, WeightsError, TokenizerError,
+        EngineMemoryError, InvalidRequestError.
+        """
+        if mode not in MODES:
+            raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
+        for name, value, low in (("ctx_size", ctx_size, 0), ("max_sequences", max_sequences, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"give an integer of at least {low}")
+        if threads is not None:
+            if threads < 1:
+                raise InvalidRequestError(f"is {threads}", field="threads", remedy="give at least 1")
+            torch.set_num_threads(threads)
+        checkpoint = Checkpoint.open(model_dir)
+        config = checkpoint.config
+        tokenizer = Tokenizer.load(checkpoint.model_dir, vocab_size=config.vocab_size)
+        generation_config = load_generation_config(checkpoint.model_dir, config)
+        place = resolve_device(device)
+        arena = KVArena(
+            config,
+            slots=max_sequences,
+            ctx_size=effective_ctx_size(ctx_size, config.context_limit),
+            dtype=(kind := resolve_dtype(dtype, checkpoint.stored_dtype, place)),
+            device=place,
+        )
+        model = load_model(checkpoint, device=place, dtype=kind, check=check, progress=progress)
+        return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back. Waits for a running step; later calls raise EngineClosedError."""
+        with self._step_lock:
+            self._arena = None
+            self.slots.close()
+            self.model.layers.clear()
+            self.model.head = self.model.embed = None  # type: ignore[assignment]
+
+    @property
+    def closed(self) -> bool:
+        return self._arena is None
+
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """The model's recommended sampling (``generation_config.json``), with ``changes`` on top."""
+        return replace(self.generation_config.params(), **changes)
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Float32 [T, vocab]: row i is the prediction after ``token_ids[: i + 1]``."""
+        ids = self.check_ids(token_ids)
+        sequence = TokenSequence(self.model, self.ctx_size)
+        self.slots.acquire(sequence)
+        try:
+            return self.extend(sequence, ids, all_logits=True)
+        finally:
+            self.slots.release(sequence, keep=False)
+
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
+        """Continue ``prompt`` (text, or token ids) to the end.
+
+        Without ``params``, the model's recommended ones. Raises InvalidRequestError, ContextLengthError (whose
+        ``output`` holds what had been generated), NoFreeSlotError, EngineClosedError.
+        """
+        output = Output()
+        stream = self.stream(prompt, params, output=output)
+        try:
+            for _ in stream:
+                pass
+        except ContextLengthError as exc:
+            exc.output = output
+            raise
+        return output
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, output: Output | None = None
+    ) -> Iterator[Step]:
+        """Like ``generate``, one step a token. Closing the iterator, or dropping it, frees its slot.
+
+        Bad input raises here, not at the first step. ``output`` is filled along the way.
+        """
+        began = time.perf_counter()
+        ids = self.encode_prompt(prompt)
+        params = (params or self.default_params()).with_seed()
+        return self._stream(ids, params, output if output is not None else Output(), began)
+
+    def _stream(self, ids: list[int], params: SamplingParams, output: Output, began: float) -> Iterator[Step]:
+        sequence = TokenSequence(self.model, self.ctx_size)
+        self.slots.acquire(sequence)
+        try:
+            yield from self.run(sequence, ids, params, output, began=began)
+        finally:
+            self.slots.release(sequence, keep=False)
+
+    def session(self, system: str | None = None, **options: Any) -> ChatSession:
+        """A chat that keeps its KV cache between turns. Options: see ``ChatSession``."""
+        from riverinfer.session import ChatSession
+
+        self._require_open()
+        return ChatSession(self, system=system, **options)
+
+    def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt, checked: not empty, in the vocabulary, shorter than the context."""
+        self._require_open()
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequestError("the prompt is empty", remedy="give at least one character")
+            prompt = self.tokenizer.encode(prompt)
+        return self.check_ids(prompt)
+
+    def check_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """The ids as a list; raises InvalidRequestError or ContextLengthError if the model cannot take them."""
+        self._require_open()
+        ids = [int(token) for token in token_ids]
+        if not ids:
+            raise InvalidRequestError("the prompt has no tokens", remedy="give at least one token")
+        bad = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError(
+                f"token id {bad} is outside the vocabulary", remedy=f"give ids from 0 to {self.config.vocab_size - 1}"
+            )
+        if len(ids) > self.ctx_size:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens, the context {self.ctx_size}",
+                remedy="shorten it or load with a larger --ctx-size (ctx_size)",
+            )
+        return ids
+
+    def extend(self, sequence: TokenSequence, ids: Sequence[int], *, all_logits: bool = False) -> Tensor:
+        """``sequence.extend`` under the engine's lock: steps of several threads queue."""
+        with self._step_lock:
+            self._require_open()
+            return sequence.extend(ids, all_logits=all_logits)
+
+    def run(
+        self,
+        sequence: TokenSequence,
+        ids: list[int],
+        params: SamplingParams,
+        output: Output,
+        *,
+        began: float,
+        extra_stop_ids: Sequence[int] = (),
+        on_token: Callable[[int], None] | None = None,
+    ) -> Iterator[Step]:
+        """Generate after ``ids`` on a sequence that has a slot, reusing what it has cached.
+
+        Fills ``output`` before each step is yielded. Raises ContextLengthError when the context is full.
+        """
+        stats = output.stats
+        output.prompt_token_ids, output.seed = ids, params.seed
+        stats.prompt_tokens = len(ids)
+        stats.cached_tokens = sequence.keep_common(ids)
+        sampler = Sampler(params, self.tokenizer.vocab_size)
+        detokenizer = StreamingDetokenizer(self.tokenizer, prompt_ids=ids)
+        stops = StopStrings(params.stop)
+        stop_ids = {*params.stop_token_ids}
+        if not params.ignore_eos:
+            stop_ids |= {*self.generation_config.eos_token_ids, *extra_stop_ids}
+        context = list(ids)
+
+        started = time.perf_counter()
+        logits = self.extend(sequence, ids[stats.cached_tokens :])
+        stats.prefill_s = time.perf_counter() - started
+        decoding = 0.0
+        while True:
+            sampled = sampler(logits[0], context)
+            token = sampled.token_id
+            stats.new_tokens += 1
+            now = time.perf_counter()
+            if stats.new_tokens == 1:
+                stats.ttft_s = now - began
+                decoding = now
+            stats.decode_s = now - decoding
+            context.append(token)
+            if on_token is not None:
+                on_token(token)
+
+            text, reason = "", None
+            if token in stop_ids:
+                reason = "stop"
+            else:
+                text = stops.push(detokenizer.push(token))
+                if stops.matched is not None:
+                    reason = "stop"
+                elif stats.new_tokens == params.max_tokens:
+                    reason = "length"
+            full = reason is None and len(context) > self.ctx_size
+            if (reason or full) and stops.matched is None:
+                text += stops.push(detokenizer.finish()) + stops.finish()
+            step = Step(text, token, sampled.logprob, sampled.top_logprobs, reason)
+            output.add(step)
+            yield step
+            if reason:
+                return
+            if full:
+                raise ContextLengthError(
+                    f"the context of {self.ctx_size} tokens is full",
+                    remedy="start afresh, or load with a larger --ctx-size (ctx_size)",
+                )
+            logits = self.extend(sequence, [token])
+
+    def _require_open(self) -> None:
+        if self._arena is None:
+            raise EngineClosedError("the engine was closed", remedy="load it again")
+
+
+def effective_ctx_size(requested: int, limit: int) -> int:
+    """0 means the model's own limit; more than the limit is capped to it."""
+    return limit if requested == 0 else min(requested, limit)

@@ -1,0 +1,172 @@
+"""How the next token is chosen: parameters, and the sampler that applies them to one row of logits."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riverinfer.errors import InvalidRequestError
+
+# Rows are cut to this many candidates before sorting; a wider nucleus falls back to a full sort.
+_NUCLEUS_CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What to generate and when to stop. The defaults are greedy decoding without a limit but the context.
+
+    Filters apply in the order repetition penalty, temperature, top-k, top-p, min-p.
+
+    temperature: 0 is greedy (highest logit, lowest id among equals).
+    top_k: keep the k most probable tokens; 0 keeps all.
+    top_p: keep the smallest set of most probable tokens whose probability reaches top_p (arXiv 1904.09751).
+    min_p: drop tokens less probable than min_p times the most probable one.
+    repetition_penalty: > 1 makes tokens of prompt and answer less likely (arXiv 1909.05858).
+    seed: same seed, same text; None draws one, reported in the output.
+    max_tokens: None generates until a stop token or string, or until the context is full.
+    stop: strings that end the text, themselves not part of it.
+    stop_token_ids: ids that end the text besides the model's own.
+    ignore_eos: go on after end-of-sequence tokens.
+    logprobs: None, or how many of the most probable tokens to report with each token.
+
+    Raises InvalidRequestError on values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _integer("top_k", self.top_k, 0, "0 keeps every token")
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, "leave it out for a random one")
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, "leave it out to generate until the context is full")
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, "leave it out for none")
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise InvalidRequestError("must be non-empty strings", field="stop", remedy="leave empty ones out")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0, "give token ids")
+
+    def with_seed(self) -> SamplingParams:
+        """These parameters with a seed drawn if there is none."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < low or value > high or (open_low and value == low):
+        bounds = f"{'above' if open_low else 'at least'} {low:g}"
+        bounds += f" and at most {high:g}" if math.isfinite(high) else ""
+        raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"give a number {bounds}")
+
+
+def _integer(name: str, value: Any, low: int, hint: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"give an integer of at least {low}, or {hint}")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One chosen token. Log-probabilities are the model's own: before penalty, temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses tokens for one request. Holds the request's random state."""
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        """``vocab_size``: ids from here on (padding rows of the head) are never chosen."""
+        self.params = params
+        self._vocab_size = vocab_size
+        self._generator = torch.Generator()
+        self._generator.manual_seed(params.seed if params.seed is not None else secrets.randbits(32))
+
+    def __call__(self, logits: Tensor, context: Sequence[int]) -> Sampled:
+        """logits float32 [vocab]; ``context``: prompt and answer so far, for the repetition penalty."""
+        row = logits[: self._vocab_size]
+        if not self.params.temperature and self.params.repetition_penalty == 1.0:
+            token = int(row.argmax())
+        else:
+            ids, probabilities = self.distribution(row, context)
+            token = int(ids[self._draw(probabilities)])
+        normalizer = row.logsumexp(0)
+        top: tuple[tuple[int, float], ...] = ()
+        if self.params.logprobs:
+            values, indices = row.topk(min(self.params.logprobs, len(row)))
+            top = tuple(zip(indices.tolist(), (values - normalizer).tolist(), strict=True))
+        return Sampled(token, float(row[token] - normalizer), top)
+
+    def distribution(self, row: Tensor, context: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The tokens that can be chosen and their probabilities: (int64 [n], float64 [n] summing to 1)."""
+        params = self.params
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted({t for t in context if t < len(row)}), dtype=torch.int64, device=row.device)
+            row = row.clone()
+            values = row[seen]
+            row[seen] = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
+        if not params.temperature:
+            return row.argmax().view(1), torch.ones(1, dtype=torch.float64)
+        row = row / params.temperature
+        ids: Tensor | None = None
+        if params.top_k and params.top_k < len(row):
+            row, ids = row.topk(params.top_k)
+        if params.top_p < 1.0:
+            row, order = _nucleus(row, params.top_p, ordered=ids is not None)
+            ids = order if ids is None else ids[order]
+        if params.min_p:
+            kept = (row >= row.max() + math.log(params.min_p)).nonzero().squeeze(1)
+            row, ids = row[kept], kept if ids is None else ids[kept]
+        if ids is None:
+            ids = torch.arange(len(row), device=row.device)
+        return ids, row.double().softmax(0)
+
+    def _draw(self, probabilities: Tensor) -> int:
+        if len(probabilities) == 1:
+            return 0
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
+        cumulative = probabilities.cpu().cumsum(0)
+        index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+        return min(index, len(probabilities) - 1)
+
+
+def _nucleus(row: Tensor, top_p: float, *, ordered: bool) -> tuple[Tensor, Tensor]:
+    """The smallest most-probable set whose probability reaches top_p: (values, positions in row)."""
+    normalizer = row.logsumexp(0)
+    for candidates in (_NUCLEUS_CANDIDATES, len(row)):
+        if ordered:
+            values, order = row, torch.arange(len(row), device=row.device)
+        else:
+            values, order = row.topk(min(candidates, len(row)))
+        cumulative = (values - normalizer).double().exp().cumsum(0)
+        reached = int((cumulative < top_p).sum())
+        if reached < len(values) or len(values) == len(row):
+            break
+    kept = min(reached + 1, len(values))
+    return values[:kept], order[:kept]

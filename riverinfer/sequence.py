@@ -1,0 +1,169 @@
+"""One sequence of tokens and the slot that holds its K and V."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from riverinfer import decode
+from riverinfer.errors import ContextLengthError, NoFreeSlotError
+from riverinfer.kv_arena import KVArena
+from riverinfer.model import Model
+
+
+class TokenSequence:
+    """Tokens whose K and V are in the cache.
+
+    Invariant: ``tokens[i]`` is what position i of the slot was computed from, for every i. An interrupt leaves a
+    shorter sequence, never a wrong one. Needs a slot (``SlotPool.acquire``) before ``extend``.
+    """
+
+    def __init__(self, model: Model, ctx_size: int) -> None:
+        self.model, self.ctx_size = model, ctx_size
+        self.tokens: list[int] = []
+        self.slot: int | None = None
+        self._kv: list[tuple[Tensor, Tensor]] = []
+        # Longest length the cached K were computed for; matters to length-dependent rotary scalings only.
+        self._rope_len = 0
+
+    def bind(self, slot: int | None, kv: list[tuple[Tensor, Tensor]]) -> None:
+        """Take or lose a slot; what was cached is gone either way."""
+        self.slot, self._kv = slot, kv
+        self.tokens, self._rope_len = [], 0
+
+    def truncate(self, length: int) -> None:
+        """Roll back to the first ``length`` tokens. No memory is touched."""
+        if length >= len(self.tokens):
+            return
+        if self.model.rope.length_dependent and self.model.rope.scaled_by_length(self._rope_len):
+            length = 0  # K of early positions carries the frequencies of the longer sequence
+        del self.tokens[length:]
+        if not length:
+            self._rope_len = 0
+
+    def keep_common(self, ids: Sequence[int]) -> int:
+        """Roll back to the longest common beginning with ``ids``, at least one of which stays to be computed.
+
+        Returns how many of ``ids`` are served from the cache.
+        """
+        rope = self.model.rope
+        if self.tokens and rope.regime(len(ids)) != rope.regime(self._rope_len):
+            self.truncate(0)
+        common = 0
+        for cached, wanted in zip(self.tokens, ids[:-1], strict=False):
+            if cached != wanted:
+                break
+            common += 1
+        self.truncate(common)
+        return len(self.tokens)
+
+    def extend(
+        self,
+        ids: Sequence[int],
+        *,
+        all_logits: bool = False,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Append ``ids``, computing their K and V: float32 logits [1, vocab] after the last (all: [T, vocab]).
+
+        Raises ContextLengthError, leaving the sequence as it was, when they do not fit.
+        """
+        start, end = len(self.tokens), len(self.tokens) + len(ids)
+        if end > self.ctx_size:
+            raise ContextLengthError(
+                f"{end} tokens do not fit into the context of {self.ctx_size}",
+                remedy="shorten the input or load with a larger --ctx-size (ctx_size)",
+            )
+        rope = self.model.rope
+        if start and rope.regime(end) != rope.regime(self._rope_len):
+            # Crossing the short/long border of longrope: every cached K needs the other frequencies.
+            ids, start, self.tokens, self._rope_len = [*self.tokens, *ids], 0, [], 0
+        if len(ids) == 1:
+            logits = decode.decode_one(self.model, ids[0], start, self._kv)
+            self.tokens.append(ids[0])
+        else:
+            base = len(self.tokens)
+
+            def chunk_done(count: int) -> None:
+                self.tokens.extend(ids[len(self.tokens) - base : count])
+                self._rope_len = max(self._rope_len, end)
+                if on_chunk is not None:
+                    on_chunk(count)
+
+            logits = decode.prefill(self.model, ids, start, self._kv, all_logits=all_logits, on_chunk=chunk_done)
+        self._rope_len = max(self._rope_len, end)
+        return logits
+
+
+class SlotPool:
+    """Hands the arena's slots to sequences; thread-safe.
+
+    A sequence that is generating is *busy* and keeps its slot. One that is between turns keeps its cache until a
+    busy one needs the room: then the longest idle loses its slot and computes its tokens again at its next turn.
+    """
+
+    def __init__(self, arena: KVArena) -> None:
+        self._arena = arena
+        self._free = list(range(arena.slots))
+        self._idle: list[TokenSequence] = []  # longest idle first
+        self._busy: dict[int, int] = {}  # slot -> ident of the thread that took it
+        self._changed = threading.Condition()
+
+    def acquire(self, sequence: TokenSequence) -> None:
+        """Make ``sequence`` busy, with a slot. Waits while other threads hold all of them.
+
+        Raises NoFreeSlotError when all are held by the calling thread, which waiting would never free.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            while True:
+                if sequence.slot is not None:
+                    if sequence in self._idle:
+                        self._idle.remove(sequence)
+                    self._busy[sequence.slot] = me
+                    return
+                if not self._free and self._idle:
+                    evicted = self._idle.pop(0)
+                    assert evicted.slot is not None
+                    self._free.append(evicted.slot)
+                    evicted.bind(None, [])
+                if self._free:
+                    slot = self._free.pop(0)
+                    sequence.bind(slot, self._arena.slot(slot))
+                    continue
+                if all(owner == me for owner in self._busy.values()):
+                    raise NoFreeSlotError(
+                        f"all {self._arena.slots} sequences are still generating",
+                        remedy="finish or close one of them, or load with more max_sequences",
+                    )
+                self._changed.wait()
+
+    def release(self, sequence: TokenSequence, *, keep: bool) -> None:
+        """End of a turn: with ``keep`` the cache stays for the next one, else the slot is free at once."""
+        with self._changed:
+            if sequence.slot is None:
+                return
+            self._busy.pop(sequence.slot, None)
+            if sequence in self._idle:
+                self._idle.remove(sequence)
+            if keep:
+                self._idle.append(sequence)
+            else:
+                self._free.append(sequence.slot)
+                sequence.bind(None, [])
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Take every slot away and let the arena go."""
+        with self._changed:
+            for sequence in self._idle:
+                sequence.bind(None, [])
+            self._idle.clear()
+            self._arena = None  # type: ignore[assignment]
+
+    @property
+    def busy(self) -> int:
+        """Number of sequences that are generating now."""
+        return len(self._busy)
