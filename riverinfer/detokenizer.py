@@ -103,7 +103,7 @@ class ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
     def display(self, token_id: int) -> str:
-        """One token by itself, bytes that are no character as ``<0xE6>``. Leaves the decoder's state alone."""
+        """One token by itself, bytes that are no character as ``<0xE6>``. Does not change the decoder."""
         return self._table[token_id].decode("utf-8", _SHOW_BYTES)
 
 
@@ -177,7 +177,7 @@ class StreamingDetokenizer:
         return piece
 
     def finish(self) -> str:
-        """What is left; bytes of a character that was never completed come out as U+FFFD. "" when repeated."""
+        """What is left; bytes of a character never completed come out as U+FFFD. "" when repeated."""
         if self._finished:
             return ""
         self._finished = True

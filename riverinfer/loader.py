@@ -76,16 +76,17 @@ def load_model(
         )
     report = progress or (lambda *_: None)
     total = config.num_layers + 1
-    layers = []
-    for index in range(config.num_layers):
-        report("Loading weights", index, total, "layers")
-        with checkpoint.reader() as reader:
-            layers.append(_load_layer(_Placer(reader, device, dtype, check), checkpoint, index))
-    report("Loading weights", config.num_layers, total, "layers")
+    report("Loading weights", 0, total, "layers")
+    # The head comes first: it is the largest matrix, and nothing else is resident yet while it is blocked.
     with checkpoint.reader() as reader:
         place = _Placer(reader, device, dtype, check)
         final_norm = place("model.norm.weight")
-        head = make_linear(place(checkpoint.head_name))
+        head = place.linear(checkpoint.head_name.removesuffix(".weight"))
+    layers = []
+    for index in range(config.num_layers):
+        report("Loading weights", index + 1, total, "layers")
+        with checkpoint.reader() as reader:
+            layers.append(_load_layer(_Placer(reader, device, dtype, check), checkpoint, index))
     with checkpoint.reader() as reader:
         embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check)
     report("Loading weights", total, total, "layers")
@@ -122,7 +123,15 @@ class _Placer:
 
     def linear(self, *names: str) -> Linear:
         bias = self.optional(*[f"{name}.bias" for name in names])
-        return make_linear(self(*[f"{name}.weight" for name in names]), bias)
+        weights = [f"{name}.weight" for name in names]
+        if len(names) == 1 and self._device.type == "cpu" and packing_works(self._dtype):
+            # Blocking copies anyway: no need for a second copy when the mapped one has the right dtype.
+            source = self._reader(weights[0])
+            if source.dtype == self._dtype:
+                if self._check:
+                    _require_finite(source, weights[0])
+                return make_linear(source, bias)
+        return make_linear(self(*weights), bias)
 
 
 def _load_layer(place: _Placer, checkpoint: Checkpoint, index: int) -> DecoderLayer:

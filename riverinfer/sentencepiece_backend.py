@@ -112,9 +112,7 @@ class SentencePieceBackend:
 
     def new_decoder(self, skip: frozenset[int]) -> TokenDecoder:
         """A decoder at the start of a text that leaves out the ids in ``skip``."""
-        return ByteDecoder(
-            self._table, skip=skip, errors=EACH_BYTE, strip=self._strip, keep_space=self._keep_space
-        )
+        return ByteDecoder(self._table, skip=skip, errors=EACH_BYTE, strip=self._strip, keep_space=self._keep_space)
 
     def _token_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:

@@ -93,10 +93,12 @@ class ChatSession:
         """
         if not text:
             raise InvalidRequestError("the message is empty", remedy="say something")
+        self._stop_current()
         return self._answer([*self.messages, {"role": "user", "content": text}], params, output)
 
     def regenerate(self, params: SamplingParams | None = None) -> Iterator[Step]:
         """Answer the last user message again; the answer it had is dropped once the new one begins."""
+        self._stop_current()
         messages = list(self.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -155,7 +157,6 @@ class ChatSession:
         self, messages: list[dict[str, str]], params: SamplingParams | None, output: Output | None
     ) -> Iterator[Step]:
         began = time.perf_counter()
-        self._stop_current()
         text = self.prompt_text(messages)
         ids = self.engine.check_ids(self._encode(text))
         params = (params or self.engine.default_params()).with_seed()

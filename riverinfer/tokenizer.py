@@ -100,15 +100,14 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of ``text``.
 
-        ``add_special_tokens`` puts BOS (and EOS) where the tokenizer's files say so; leave it off for a rendered
-        chat template, which brings its own. With ``parse_special=False`` no text yields a special token.
+        ``add_special_tokens`` puts BOS (and EOS) where the tokenizer's files say so; leave it off for a
+        rendered chat template, which brings its own. With ``parse_special=False`` no text yields a special
+        token.
         Raises TokenizerError for text that is not valid Unicode (a lone surrogate).
         """
         try:
-            return self._backend.encode(
-                text, add_special_tokens=add_special_tokens, parse_special=parse_special
-            )
-        except (UnicodeError, TypeError) as exc:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
+        except (UnicodeError, TypeError, RuntimeError) as exc:
             if not isinstance(text, str):
                 raise
             raise TokenizerError(
@@ -151,9 +150,7 @@ def _open_backend(model_dir: Path, files: TokenizerFiles) -> tuple[_Backend, Pat
     path = model_dir / "vocab.json"
     if path.is_file() and (model_dir / "merges.txt").is_file():
         return TokenizersBackend(path, lambda _: _from_vocab_and_merges(model_dir, files), files), path
-    foreign = sorted(
-        p.name for p in model_dir.iterdir() if p.name == "tekken.json" or "tiktoken" in p.name.lower()
-    )
+    foreign = sorted(p.name for p in model_dir.iterdir() if p.name == "tekken.json" or "tiktoken" in p.name.lower())
     if foreign:
         raise TokenizerError(
             f"only {foreign[0]} was found, a format riverinfer does not read (Tekken, tiktoken)",
@@ -176,7 +173,7 @@ def _library() -> Any:
 
 @contextmanager
 def _library_errors(path: Path) -> Iterator[None]:
-    """The library raises plain Exception for bad files and, for some, a PanicException under BaseException."""
+    """For bad files the library raises a plain Exception or a PanicException, which is no Exception."""
     try:
         yield
     except TokenizerError:
@@ -277,9 +274,14 @@ class TokenizersBackend:
 
 def _with_declared_tokens(library: Any, files: TokenizerFiles, path: Path, *, rebuild: bool) -> Any:
     """Add the tokens that only the configuration declares, at the ids it declares them at."""
+    known = {token.content for token in library.get_added_tokens_decoder().values()}
     missing = {}
     for token_id, spec in sorted(files.added.items()):
+        if spec.content in known:
+            continue
         if library.token_to_id(spec.content) is not None:
+            # In the vocabulary: becomes an added token under the id it has there.
+            _add(library, [spec])
             continue
         taken = library.id_to_token(token_id) if token_id < 1 << 32 else "out of range"
         if taken is not None:
@@ -361,13 +363,9 @@ def _from_vocab_and_merges(model_dir: Path, files: TokenizerFiles) -> Any:
     bos = files.named.get("bos_token")
     if files.config.get("add_bos_token") is True and bos is not None:
         bos_id = library.token_to_id(bos)
-        bos_id = (
-            next((i for i, t in files.added.items() if t.content == bos), None) if bos_id is None else bos_id
-        )
+        bos_id = next((i for i, t in files.added.items() if t.content == bos), None) if bos_id is None else bos_id
         if bos_id is not None:
-            library.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], special_tokens=[(bos, bos_id)]
-            )
+            library.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, bos_id)])
     return library
 
 

@@ -57,14 +57,10 @@ def read_text(path: Path, error: type[TokenizerError] | type[ChatTemplateError])
     except OSError as exc:
         raise error(f"cannot be read ({exc.strerror or exc})", file=path) from exc
     except UnicodeDecodeError as exc:
-        raise error(
-            f"is not UTF-8 text (byte {exc.start})", file=path, remedy="download the file again"
-        ) from exc
+        raise error(f"is not UTF-8 text (byte {exc.start})", file=path, remedy="download the file again") from exc
 
 
-def read_json_object(
-    path: Path, error: type[TokenizerError] | type[ChatTemplateError]
-) -> dict[str, object] | None:
+def read_json_object(path: Path, error: type[TokenizerError] | type[ChatTemplateError]) -> dict[str, object] | None:
     """The JSON object in ``path``; None if there is no such file. Raises ``error`` if it is anything else."""
     if not path.is_file():
         return None
@@ -96,9 +92,7 @@ def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
     added: dict[int, AddedTokenSpec] = {}
     for content, token_id in (read_json_object(added_path, TokenizerError) or {}).items():
         if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0 or not content:
-            raise TokenizerError(
-                f"should be a token id, not {token_id!r}", file=added_path, field=repr(content)
-            )
+            raise TokenizerError(f"should be a token id, not {token_id!r}", file=added_path, field=repr(content))
         added[token_id] = AddedTokenSpec(content, special=content in special)
     return TokenizerFiles(config, added, named, extra)
 
@@ -135,9 +129,7 @@ def _special_tokens(source: Mapping[str, object], path: Path) -> tuple[dict[str,
         if key.endswith("_token") and (content := _content(value)):
             named[key] = content
         elif key in STANDARD_NAMES and value is not None and not isinstance(value, (str, dict)):
-            raise TokenizerError(
-                f"should be a token's text, not {type(value).__name__}", file=path, field=key
-            )
+            raise TokenizerError(f"should be a token's text, not {type(value).__name__}", file=path, field=key)
     for key in _EXTRA_KEYS:
         value = source.get(key)
         if isinstance(value, dict):

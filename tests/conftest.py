@@ -1,0 +1,33 @@
+"""Shared fixtures. Everything runs on the CPU; only the tests of the demo model use the network, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from golden_models import ROOT, Golden
+
+from riverinfer import Engine
+from riverinfer.demo import demo_model
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def goldens() -> dict[str, Golden]:
+    return {path.name: Golden.load(path.name) for path in sorted(ROOT.iterdir()) if path.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[Engine]:
+    """The tiny llama in float32, with two slots."""
+    with Engine.load(ROOT / "llama", device="cpu", dtype="float32", ctx_size=256, max_sequences=2) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    """The demo model's folder: fetched once, then from the cache."""
+    return demo_model()
