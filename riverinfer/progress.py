@@ -6,6 +6,7 @@ Library code takes ``progress: Progress | None`` and never prints by itself.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import TextIO
 
@@ -18,11 +19,14 @@ Progress = Callable[[str, int, int, str], None]
 
 class ConsoleProgress:
     """A ``Progress`` that draws on ``stream`` (default stderr): a tqdm bar if it is a terminal, else one
-    line when a step starts and one when it ends."""
+    line when a step starts and one when it ends. In a pipe, steps shorter than ``quiet_s`` seconds say nothing."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, quiet_s: float = 0.0) -> None:
         self._stream = stream if stream is not None else sys.stderr
+        self._quiet_s = quiet_s
         self._label: str | None = None
+        self._began = 0.0
+        self._announced = False
         self._bar: object = None
 
     def __call__(self, label: str, done: int, total: int, unit: str) -> None:
@@ -55,9 +59,12 @@ class ConsoleProgress:
 
     def _print_lines(self, label: str, done: int, total: int, unit: str) -> None:
         if label != self._label:
-            self._label = label
+            self._label, self._began, self._announced = label, time.monotonic(), False
+        if not self._announced and time.monotonic() - self._began >= self._quiet_s:
+            self._announced = True
             print(f"{label} ...", file=self._stream, flush=True)
         if done >= total:
-            amount = f"{total / 2**20:.0f} MiB" if unit == "B" else f"{total} {unit}"
-            print(f"{label}: done ({amount})", file=self._stream, flush=True)
             self._label = None
+            if self._announced:
+                amount = f"{total / 2**20:.0f} MiB" if unit == "B" else f"{total} {unit}"
+                print(f"{label}: done ({amount})", file=self._stream, flush=True)

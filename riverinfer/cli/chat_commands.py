@@ -106,7 +106,7 @@ class Commands:
         for name, (_command, text) in self._table.items():
             arguments, _, meaning = text.rpartition("  ")
             self._say(f"{f'/{name} {arguments}'.rstrip():<42} {meaning}")
-        self._say("//text sends a literal slash. Enter sends; Alt-Enter, Ctrl-J or a trailing \\ begins a new line,")
+        self._say("//text sends a literal slash. Enter sends; Alt-Enter or a trailing \\ begins a new line,")
         self._say('and so does everything between """ and """. Ctrl-C stops an answer and keeps what was said.')
 
     def _exit(self, _: str) -> None:

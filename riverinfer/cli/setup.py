@@ -41,7 +41,7 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
         mode=args.mode,
         threads=args.threads,
         check=args.check,
-        progress=ConsoleProgress() if sys.stderr.isatty() else None,
+        progress=ConsoleProgress(quiet_s=1.0),
     )
 
 

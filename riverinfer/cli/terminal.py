@@ -82,7 +82,7 @@ class PipeTerminal:
 class EditorTerminal(PipeTerminal):
     """A line editor: history across restarts, completion of commands, multi-line paste and input.
 
-    Enter sends. Alt-Enter or Ctrl-J, a backslash at the end of a line, or an open triple quote start a new line.
+    Enter sends. Alt-Enter, a backslash at the end of a line, or an open triple quote start a new line.
     """
 
     interactive = True
@@ -150,8 +150,8 @@ def _keys() -> KeyBindings:
     def _accept(event: KeyPressEvent) -> None:
         event.current_buffer.complete_state = None
 
+    # Not Ctrl-J: it is what Enter sends when typed ahead, while an answer is still being printed.
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def _newline(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
