@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ def model_dir(args: argparse.Namespace) -> Path:
 
 def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
     """Load the model the flags ask for, showing progress on stderr."""
+    # Read by torch when it is imported: weights on huge pages decode a few percent faster and prefill faster still.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     folder = model_dir(args)
     from riverinfer.engine import Engine
 
