@@ -96,16 +96,6 @@ def breakdown(engine: Engine, ids: list[int], count: int) -> dict[str, float]:
 
         return call
 
-    class Clocked:
-        """A Linear whose calls are timed."""
-
-        def __init__(self, name: str, linear: Any) -> None:
-            self.add_to = clocked(name, linear.add_to)
-            self._call = clocked(name, linear)
-
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            return self._call(x)
-
     model = engine.model
     operators = ("rms_norm", "rotate", "attention", "silu_mul")
     plain = {name: getattr(model_module, name) for name in operators}
@@ -117,8 +107,8 @@ def breakdown(engine: Engine, ids: list[int], count: int) -> dict[str, float]:
         for name, function in plain.items():
             setattr(model_module, name, clocked(name, function))
         for layer, name, linear in linears:
-            setattr(layer, name, Clocked(name, linear))
-        model.head = Clocked("head", head)  # type: ignore[assignment]
+            setattr(layer, name, clocked(name, linear))
+        model.head = clocked("head", head)  # type: ignore[assignment]
         extend = clocked("walk", engine.extend)
         engine.extend = extend  # type: ignore[method-assign]
         engine.generate(ids, SamplingParams(max_tokens=2, ignore_eos=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, statistics in float32 (arXiv 1910.07467)."""
+    """Root-mean-square norm of float32 x over the last dimension, weight float32 (arXiv 1910.07467)."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

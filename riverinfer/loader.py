@@ -80,7 +80,7 @@ def load_model(
     # The head comes first: it is the largest matrix, and nothing else is resident yet while it is blocked.
     with checkpoint.reader() as reader:
         place = _Placer(reader, device, dtype, check)
-        final_norm = place("model.norm.weight")
+        final_norm = place.norm("model.norm.weight")
         head = place.linear(checkpoint.head_name.removesuffix(".weight"))
     layers = []
     for index in range(config.num_layers):
@@ -118,11 +118,15 @@ class _Placer:
             row += source.shape[0]
         return out
 
-    def optional(self, *names: str) -> Tensor | None:
-        return self(*names) if names[0] in self._reader else None
+    def norm(self, name: str) -> Tensor:
+        source = self._reader(name)
+        if self._check:
+            _require_finite(source, name)
+        return source.to(device=self._device, dtype=torch.float32, copy=True)
 
     def linear(self, *names: str) -> Linear:
-        bias = self.optional(*[f"{name}.bias" for name in names])
+        biases = [f"{name}.bias" for name in names]
+        bias = self(*biases) if biases[0] in self._reader else None
         weights = [f"{name}.weight" for name in names]
         if len(names) == 1 and self._device.type == "cpu" and packing_works(self._dtype):
             # Blocking copies anyway: no need for a second copy when the mapped one has the right dtype.
@@ -148,26 +152,24 @@ def _load_layer(place: _Placer, checkpoint: Checkpoint, index: int) -> DecoderLa
         eps=config.rms_norm_eps,
         use_rope=config.rope_layers[index],
         window=config.windows[index],
-        input_norm=place(f"{layer}.input_layernorm.weight"),
+        input_norm=place.norm(f"{layer}.input_layernorm.weight"),
         qkv=place.linear(*[f"{attn}.{name}" for name in qkv]),
         o=place.linear(f"{attn}.o_proj"),
-        post_norm=place(f"{layer}.post_attention_layernorm.weight"),
+        post_norm=place.norm(f"{layer}.post_attention_layernorm.weight"),
         gate_up=place.linear(*[f"{mlp}.{name}" for name in gate_up]),
         down=place.linear(f"{mlp}.down_proj"),
-        q_norm=place.optional(f"{attn}.q_norm.weight"),
-        k_norm=place.optional(f"{attn}.k_norm.weight"),
+        q_norm=place.norm(f"{attn}.q_norm.weight") if config.qk_norm else None,
+        k_norm=place.norm(f"{attn}.k_norm.weight") if config.qk_norm else None,
     )
 
 
 def _embedding(table: Tensor, device: torch.device, dtype: torch.dtype, check: bool) -> Callable[[Tensor], Tensor]:
+    """Lookup of rows as float32. On a CPU the table is the mapped file, in the dtype it is stored in."""
     if check:
         _require_finite(table, "model.embed_tokens.weight")
     if device.type != "cpu":
-        placed = table.to(device=device, dtype=dtype)
-        return lambda ids: placed[ids]
-    if table.dtype == dtype:
-        return lambda ids: table[ids]
-    return lambda ids: table[ids].to(dtype)
+        table = table.to(device=device, dtype=dtype)
+    return lambda ids: table[ids].float()
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:

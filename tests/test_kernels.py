@@ -88,13 +88,10 @@ def test_norm_and_activation() -> None:
 def test_blocked_weights_multiply_like_plain_ones(rows: int, outputs: int, inputs: int, bias: bool) -> None:
     x, weight = random(rows, inputs).bfloat16(), random(outputs, inputs, seed=1).bfloat16()
     b = random(outputs, seed=2).bfloat16() if bias else None
-    residual = random(rows, outputs, seed=3).bfloat16()
     packed, plain = PackedLinear(weight, b), PlainLinear(weight.float(), None if b is None else b.float())
     exact = plain(x.float())
     step = 2.0**-8  # half a unit in the last place of bfloat16, relative
     assert ((packed(x).float() - exact).abs() <= 2 * step * exact.abs() + 1e-2).all()
-    total = residual.float() + exact
-    assert ((packed.add_to(residual, x).float() - total).abs() <= 2 * step * total.abs() + 2e-2).all()
     assert packed.weight_bytes == weight.nbytes
 
 
