@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from riverinfer import template_sandbox
 from riverinfer.chat_template import ChatTemplate, choose_template, load_templates
@@ -20,6 +21,7 @@ from riverinfer.errors import ChatTemplateError
 from riverinfer.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+REASONING = ("reasoning_content", "thinking", "reasoning")
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if (path / "golden.json").is_file())
 CHAT = [
     {"role": "system", "content": " Be brief. "},
@@ -89,7 +91,6 @@ AWKWARD = {
     "{% with y = 5 %}{{ y }}{% endwith %}",
     "dict and globals": "{{ dict(a=1) }}{{ dict.fromkeys(['a'], 0) }}{{ range(3)|list }}"
     "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{% set j = joiner('|') %}{{ j() }}{{ j() }}",
-    "reasoning": "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }}{% endfor %}",
     "arguments": "{{ add_generation_prompt }}{{ enable_thinking }}{{ bos_token }}{{ eos_token is defined }}",
     "autoescape": "{% autoescape true %}{{ '<' }}{{ '<' ~ '>' }}{% endautoescape %}{{ '<' }}",
     "conditional constants": "{% if 'a' ~ 1 == 'a1' and 2 + 2 == 4 %}ok{% elif x %}{% else %}no{% endif %}",
@@ -99,13 +100,21 @@ AWKWARD = {
 @pytest.mark.parametrize("source", AWKWARD.values(), ids=AWKWARD)
 @pytest.mark.parametrize("prompt", [False, True])
 def test_same_as_transformers(source: str, prompt: bool) -> None:
-    oracle = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    # How reasoning is named differs between releases of transformers.
+    chat = [{key: value for key, value in message.items() if key not in REASONING} for message in CHAT]
     for extra in ({}, {"bos_token": "<s>", "enable_thinking": False}):
         for tools in (None, TOOLS):
-            expected, _ = oracle(
-                conversations=[CHAT], chat_template=source, tools=tools, add_generation_prompt=prompt, **extra
+            expected, _ = render_jinja_template(
+                conversations=[chat], chat_template=source, tools=tools, add_generation_prompt=prompt, **extra
             )
-            assert render(source, tools=tools, add_generation_prompt=prompt, **extra) == expected[0]
+            assert render(source, chat, tools=tools, add_generation_prompt=prompt, **extra) == expected[0]
+
+
+def test_reasoning_is_there_under_each_name_templates_look_for() -> None:
+    """As transformers 5.23 does: under the name given, and as reasoning_content and thinking."""
+    source = "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}|{{ messages[0].reasoning }}"
+    for given, expected in (("reasoning_content", "r|r|"), ("thinking", "r|r|"), ("reasoning", "r|r|r")):
+        assert render(source, [{"role": "assistant", "content": "x", given: "r"}]) == expected
 
 
 @pytest.mark.parametrize("source", AWKWARD.values(), ids=AWKWARD)
@@ -157,12 +166,18 @@ def test_continue_final_message(source: str, expected: str) -> None:
 
 
 def test_continue_final_message_as_transformers_does() -> None:
-    oracle = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
-    source = "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content[0].text }}</>{% endfor %}"
-    parts = [{"role": "assistant", "content": [{"type": "text", "text": "ab"}], "thinking": "think"}]
-    for field in (True, "content", "reasoning_content", "thinking"):
-        expected, _ = oracle(conversations=[parts], chat_template=source, continue_final_message=field)
-        assert render(source, parts, continue_final_message=field) == expected[0]
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text }}</>{% endfor %}"
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "ab"}]}]
+    for field in (True, "content"):
+        expected, _ = render_jinja_template(conversations=[parts], chat_template=source, continue_final_message=field)
+        assert render(source, parts, continue_final_message=field) == expected[0] == "<assistant>ab"
+
+
+def test_reasoning_can_be_continued() -> None:
+    source = "<{{ messages[0].reasoning_content }}</>{{ messages[0].content }}"
+    message = {"role": "assistant", "content": "ab", "thinking": "think"}
+    for field in ("reasoning_content", "thinking"):
+        assert render(source, [message], continue_final_message=field) == "<think"
 
 
 def test_continue_final_message_errors() -> None:

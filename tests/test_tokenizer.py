@@ -90,7 +90,8 @@ def test_attributes(name: str) -> None:
 
 @pytest.mark.parametrize("name", JSON_NAMES)
 def test_same_as_transformers(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     oracle = transformers.AutoTokenizer.from_pretrained(GOLDEN / name)
     tokenizer = TOKENIZERS[name]
     assert set(oracle.all_special_ids) <= tokenizer.special_ids
@@ -105,7 +106,8 @@ def test_same_as_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", JSON_NAMES)
 def test_decode_any_ids_as_the_library_does(name: str) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     library = tokenizers.Tokenizer.from_file(str(GOLDEN / name / "tokenizer.json"))
 
     @given(st.lists(st.integers(0, TOKENIZERS[name].vocab_size + 3), max_size=30), st.booleans())
@@ -117,7 +119,8 @@ def test_decode_any_ids_as_the_library_does(name: str) -> None:
 
 
 def test_decode_any_ids_as_sentencepiece_does() -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     library = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / SPM / "tokenizer.model"))
 
     # Control pieces and the unknown piece are shown here, not there.
@@ -129,7 +132,8 @@ def test_decode_any_ids_as_sentencepiece_does() -> None:
 
 
 def test_encode_any_text_as_sentencepiece_does() -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     library = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / SPM / "tokenizer.model"))
 
     @given(text)
@@ -219,7 +223,8 @@ def test_decode_keeps_the_space_after_a_shown_token() -> None:
 
 
 def test_special_tokens_in_text_as_transformers_does() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     oracle = transformers.AutoTokenizer.from_pretrained(GOLDEN / SPM)
     parts = ["<s>", "</s>", "<unk>", "<|im_start|>", " ", "a", "é", "Hello", "\n", "  the"]
 
@@ -384,7 +389,8 @@ def test_vocab_and_merges_of_qwen(tmp_path: Path, name: str) -> None:
 
 
 def test_vocab_and_merges_of_gpt2(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     split_vocabulary(GOLDEN / "mistral", tmp_path)
     config = config_of(GOLDEN / "mistral") | {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
     write_config(tmp_path, config)
