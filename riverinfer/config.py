@@ -122,9 +122,12 @@ class ModelConfig:
 
     @property
     def context_limit(self) -> int:
-        """Most positions a sequence may have: trained ones, times the factor where dynamic scaling extends them."""
-        factor = self.rope.factor if self.rope.rope_type == "dynamic" and self.rope.factor else 1.0
-        return int(self.max_position_embeddings * factor)
+        """Most positions a sequence may have: the configured ones, or those a rope scaling extends them to."""
+        rope = self.rope
+        extended = 0.0
+        if rope.rope_type in ("linear", "dynamic", "yarn") and rope.factor:
+            extended = rope.original_max_position_embeddings * rope.factor
+        return max(self.max_position_embeddings, int(extended))
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V that one position takes over all layers, at ``itemsize`` bytes an element."""
@@ -179,7 +182,11 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         tie = raw.get("tie_word_embeddings")
     if not isinstance(model_type, str):
         raise outer.error("model_type", "is missing or not a string")
+    if model_type in WRAPPERS and not nested:
+        raise outer.error("text_config", f"is missing in a {model_type} checkpoint")
     family_name = fields.raw.get("model_type")
+    if not isinstance(family_name, str):
+        raise fields.error("model_type", f"must be a string, not {family_name!r}")
     supported = ", ".join([*FAMILIES, *WRAPPERS])
     if (model_type not in FAMILIES and not nested) or family_name not in FAMILIES:
         raise fields.unsupported(
@@ -291,6 +298,8 @@ def _parse_rope(
         )
     theta = rope.number("rope_theta", fields.number("rope_theta", family.rope_theta))
     partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if rope_type == "default" and family_name != "phi3":
+        partial = 1.0  # the other families' plain rotary embedding has no such option
     rotary_dim = int(head_dim * partial)
     if partial > 1 or rotary_dim < 2 or rotary_dim % 2:
         raise rope.error("partial_rotary_factor", f"{partial} gives {rotary_dim} rotated dimensions of {head_dim}")
@@ -376,7 +385,7 @@ def _windows(fields: JsonFields, family: _Family, layers: int) -> tuple[int | No
         first = fields.integer("max_window_layers", 28, minimum=0)
         return tuple(window if i >= first else None for i in range(layers))
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) < layers:
+    if not isinstance(kinds, list) or len(kinds) < layers or not all(isinstance(kind, str) for kind in kinds):
         raise fields.error("layer_types", f"must be a list of {layers} layer types")
     unknown = sorted({str(kind) for kind in kinds if kind not in known})
     if unknown:

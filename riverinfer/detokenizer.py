@@ -43,6 +43,10 @@ class TokenDecoder(Protocol):
         """Text completed by these further ids."""
         ...
 
+    def continue_from(self, prompt_ids: Iterable[int]) -> None:
+        """Take ids whose text was given out before. Call it first, or not at all."""
+        ...
+
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed. Leaves the decoder at the end."""
         ...
@@ -99,6 +103,9 @@ class ByteDecoder:
             pieces.append(piece)
         return self._utf8.decode(b"".join(pieces))
 
+    def continue_from(self, prompt_ids: Iterable[int]) -> None:
+        self.feed(prompt_ids)
+
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
@@ -119,6 +126,13 @@ class WholeTextDecoder:
         self._ids: list[int] = []
         self._text = ""
         self._emitted = ""
+        self._began = False
+
+    def continue_from(self, prompt_ids: Iterable[int]) -> None:
+        self._ids += prompt_ids
+        self._text = self._decode(self._ids)
+        # A character that the prompt leaves incomplete belongs to the continuation.
+        self._emitted = self._text.rstrip("\ufffd")
 
     def feed(self, ids: Iterable[int]) -> str:
         new = list(ids)
@@ -126,6 +140,9 @@ class WholeTextDecoder:
             return ""
         self._ids += new
         before, self._text = self._text, self._decode(self._ids)
+        # As long as nothing was given out, what the ids change in the prompt's text is theirs.
+        while not self._began and not self._text.startswith(self._emitted):
+            self._emitted = self._emitted[:-1]
         agreed = len(self._emitted)
         if not self._text.startswith(self._emitted):
             return ""
@@ -144,6 +161,7 @@ class WholeTextDecoder:
     def _emit(self, end: int) -> str:
         text = self._text[len(self._emitted) : end]
         self._emitted += text
+        self._began = self._began or bool(text)
         return text
 
 
@@ -160,7 +178,7 @@ class StreamingDetokenizer:
         self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
     ) -> None:
         self._decoder = tokenizer.new_decoder(skip_special_tokens=skip_special_tokens)
-        self._decoder.feed(prompt_ids)
+        self._decoder.continue_from(prompt_ids)
         self._pieces: list[str] = []
         self._finished = False
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +16,16 @@ from torch import Tensor
 
 from riverinfer.checkpoint import Checkpoint
 from riverinfer.detokenizer import StreamingDetokenizer
-from riverinfer.errors import ContextLengthError, EngineClosedError, InvalidRequestError
+from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
 from riverinfer.generation_config import GenerationConfig, load_generation_config
 from riverinfer.kv_arena import KVArena
 from riverinfer.loader import load_model, resolve_device, resolve_dtype
+from riverinfer.memory import require_memory
 from riverinfer.model import Model
 from riverinfer.outputs import Output, Step
 from riverinfer.progress import Progress
-from riverinfer.sampling import Sampler, SamplingParams
-from riverinfer.sequence import SlotPool, TokenSequence
+from riverinfer.sampling import Sampler, SamplingParams, check_integer
+from riverinfer.sequence import SlotPool, TokenSequence, closed_error
 from riverinfer.stop_strings import StopStrings
 from riverinfer.tokenizer import Tokenizer
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from riverinfer.session import ChatSession
 
 MODES = ("exact",)
+DEFAULT_CTX_SIZE = 4096
+MAX_THREADS = 1024
 
 
 class Engine:
@@ -65,7 +70,7 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        ctx_size: int = 4096,
+        ctx_size: int = DEFAULT_CTX_SIZE,
         max_sequences: int = 4,
         mode: str = "exact",
         threads: int | None = None,
@@ -86,26 +91,34 @@ class Engine:
         """
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
-        for name, value, low in (("ctx_size", ctx_size, 0), ("max_sequences", max_sequences, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"give an integer of at least {low}")
+        check_integer("ctx_size", ctx_size, 0)
+        check_integer("max_sequences", max_sequences, 1)
         if threads is not None:
-            if threads < 1:
-                raise InvalidRequestError(f"is {threads}", field="threads", remedy="give at least 1")
+            check_integer("threads", threads, 1, MAX_THREADS)
             torch.set_num_threads(threads)
         checkpoint = Checkpoint.open(model_dir)
         config = checkpoint.config
         tokenizer = Tokenizer.load(checkpoint.model_dir, vocab_size=config.vocab_size)
         generation_config = load_generation_config(checkpoint.model_dir, config)
         place = resolve_device(device)
-        arena = KVArena(
-            config,
+        kind = resolve_dtype(dtype, checkpoint.stored_dtype, place)
+        positions = effective_ctx_size(ctx_size, config.context_limit)
+        if ctx_size > positions and ctx_size != DEFAULT_CTX_SIZE:
+            warnings.warn(
+                f"{model_dir}: the context is {positions} tokens, the model's limit, not {ctx_size}",
+                RiverinferWarning,
+                stacklevel=2,
+            )
+        require_memory(
+            place,
+            weights=checkpoint.parameters * kind.itemsize,
             slots=max_sequences,
-            ctx_size=effective_ctx_size(ctx_size, config.context_limit),
-            dtype=(kind := resolve_dtype(dtype, checkpoint.stored_dtype, place)),
-            device=place,
+            ctx_size=positions,
+            bytes_per_token=config.kv_bytes_per_token(kind.itemsize),
         )
+        arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
         model = load_model(checkpoint, device=place, dtype=kind, check=check, progress=progress)
+        model.rope.reserve(positions)
         return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode)
 
     def __enter__(self) -> Engine:
@@ -134,8 +147,8 @@ class Engine:
         """Float32 [T, vocab]: row i is the prediction after ``token_ids[: i + 1]``."""
         ids = self.check_ids(token_ids)
         sequence = TokenSequence(self.model, self.ctx_size)
-        self.slots.acquire(sequence)
         try:
+            self.slots.acquire(sequence)
             return self.extend(sequence, ids, all_logits=True)
         finally:
             self.slots.release(sequence, keep=False)
@@ -143,17 +156,12 @@ class Engine:
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
         """Continue ``prompt`` (text, or token ids) to the end.
 
-        Without ``params``, the model's recommended ones. Raises InvalidRequestError, ContextLengthError (whose
+        Without ``params``, the model's recommended ones. Raises InvalidRequestError, ContextLengthError (its
         ``output`` holds what had been generated), NoFreeSlotError, EngineClosedError.
         """
         output = Output()
-        stream = self.stream(prompt, params, output=output)
-        try:
-            for _ in stream:
-                pass
-        except ContextLengthError as exc:
-            exc.output = output
-            raise
+        for _ in self.stream(prompt, params, output=output):
+            pass
         return output
 
     def stream(
@@ -170,18 +178,35 @@ class Engine:
 
     def _stream(self, ids: list[int], params: SamplingParams, output: Output, began: float) -> Iterator[Step]:
         sequence = TokenSequence(self.model, self.ctx_size)
-        self.slots.acquire(sequence)
         try:
+            self.slots.acquire(sequence)
             yield from self.run(sequence, ids, params, output, began=began)
         finally:
             self.slots.release(sequence, keep=False)
 
-    def session(self, system: str | None = None, **options: Any) -> ChatSession:
-        """A chat that keeps its KV cache between turns. Options: see ``ChatSession``."""
+    def session(
+        self,
+        system: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] = (),
+        chat_template: str | None = None,
+        template_name: str | None = None,
+        use_template: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ChatSession:
+        """A chat that keeps its KV cache between turns. The options are those of ``ChatSession``."""
         from riverinfer.session import ChatSession
 
         self._require_open()
-        return ChatSession(self, system=system, **options)
+        return ChatSession(
+            self,
+            system=system,
+            messages=messages,
+            chat_template=chat_template,
+            template_name=template_name,
+            use_template=use_template,
+            template_kwargs=template_kwargs,
+        )
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked: not empty, in the vocabulary, shorter than the context."""
@@ -195,7 +220,10 @@ class Engine:
     def check_ids(self, token_ids: Sequence[int]) -> list[int]:
         """The ids as a list; raises InvalidRequestError or ContextLengthError if the model cannot take them."""
         self._require_open()
-        ids = [int(token) for token in token_ids]
+        try:
+            ids = [operator.index(token) for token in token_ids]
+        except TypeError as exc:
+            raise InvalidRequestError("token ids must be integers", remedy="give text, or a list of ids") from exc
         if not ids:
             raise InvalidRequestError("the prompt has no tokens", remedy="give at least one token")
         bad = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
@@ -225,7 +253,6 @@ class Engine:
         *,
         began: float,
         extra_stop_ids: Sequence[int] = (),
-        on_token: Callable[[int], None] | None = None,
     ) -> Iterator[Step]:
         """Generate after ``ids`` on a sequence that has a slot, reusing what it has cached.
 
@@ -246,7 +273,8 @@ class Engine:
         started = time.perf_counter()
         logits = self.extend(sequence, ids[stats.cached_tokens :])
         stats.prefill_s = time.perf_counter() - started
-        decoding = 0.0
+        # Time that the caller spends between two steps is not the engine's.
+        resumed = time.perf_counter()
         while True:
             sampled = sampler(logits[0], context)
             token = sampled.token_id
@@ -254,11 +282,9 @@ class Engine:
             now = time.perf_counter()
             if stats.new_tokens == 1:
                 stats.ttft_s = now - began
-                decoding = now
-            stats.decode_s = now - decoding
+            else:
+                stats.decode_s += now - resumed
             context.append(token)
-            if on_token is not None:
-                on_token(token)
 
             text, reason = "", None
             if token in stop_ids:
@@ -281,12 +307,14 @@ class Engine:
                 raise ContextLengthError(
                     f"the context of {self.ctx_size} tokens is full",
                     remedy="start afresh, or load with a larger --ctx-size (ctx_size)",
+                    output=output,
                 )
+            resumed = time.perf_counter()
             logits = self.extend(sequence, [token])
 
     def _require_open(self) -> None:
         if self._arena is None:
-            raise EngineClosedError("the engine was closed", remedy="load it again")
+            raise closed_error()
 
 
 def effective_ctx_size(requested: int, limit: int) -> int:

@@ -70,10 +70,12 @@ class InvalidRequestError(RiverinferError, ValueError):
 class ContextLengthError(InvalidRequestError):
     """The tokens do not fit into the context the engine was loaded with.
 
-    ``output``: what ``Engine.generate`` had produced when the context ran full, else None.
+    ``output``: what had been generated when the context ran full, None if nothing was.
     """
 
-    output: Output | None = None
+    def __init__(self, problem: str, *, remedy: str | None = None, output: Output | None = None) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.output = output
 
 
 class EngineMemoryError(RiverinferError, MemoryError):

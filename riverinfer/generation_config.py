@@ -29,14 +29,15 @@ class GenerationConfig:
 
 
 def load_generation_config(model_dir: Path, config: ModelConfig) -> GenerationConfig:
-    """Read the folder's ``generation_config.json``; without one, the stop tokens of config.json.
+    """Read the folder's ``generation_config.json``; without one, the same fields of ``config.json``.
 
-    ``do_sample: false`` (or its absence without a temperature) means greedy whatever else is there.
+    ``do_sample: false`` means greedy whatever else is there; where it is absent, ``generation_config.json``
+    recommends sampling if it has a temperature or top_p.
     Raises ConfigError naming file and field.
     """
     path = model_dir / "generation_config.json"
     if not path.is_file():
-        return GenerationConfig(config.eos_token_ids)
+        path = model_dir / "config.json"  # where checkpoints kept these fields before
     raw = read_json(path)
     fields = JsonFields(raw, path)
     eos = fields.token_ids("eos_token_id") or config.eos_token_ids
@@ -48,7 +49,8 @@ def load_generation_config(model_dir: Path, config: ModelConfig) -> GenerationCo
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise fields.error(name, f"must be a number, not {value!r}")
         sampling[name] = int(value) if name == "top_k" else float(value)
-    do_sample = fields.flag("do_sample", "temperature" in sampling or "top_p" in sampling)
+    recommends = path.name == "generation_config.json" and bool({"temperature", "top_p"} & sampling.keys())
+    do_sample = fields.flag("do_sample", recommends)
     if not do_sample:
         sampling = {k: v for k, v in sampling.items() if k == "repetition_penalty"}
     elif "temperature" not in sampling:

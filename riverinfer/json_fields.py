@@ -14,9 +14,11 @@ from riverinfer.errors import ConfigError, UnsupportedModelError
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ConfigError when the file cannot be read, is no JSON, or is not an object."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise ConfigError(f"cannot be read ({exc.strerror})", file=path, remedy="check the file") from exc
+    except RecursionError as exc:
+        raise ConfigError("is nested too deeply", file=path, remedy="download the file again") from exc
     except ValueError as exc:
         raise ConfigError(f"is not valid JSON ({exc})", file=path, remedy="download or write the file again") from exc
     if not isinstance(data, dict):

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from riverinfer.checkpoint import Checkpoint, TensorReader
 from riverinfer.config import DTYPES
-from riverinfer.errors import EngineMemoryError, InvalidRequestError, WeightsError
+from riverinfer.errors import InvalidRequestError, WeightsError
 from riverinfer.kernels.linear import Linear, make_linear, packing_works
-from riverinfer.kv_arena import available_memory, gib
 from riverinfer.model import DecoderLayer, Model
 from riverinfer.progress import Progress
 
@@ -26,10 +25,8 @@ def resolve_device(device: str) -> torch.device:
         raise InvalidRequestError(
             f"unknown device {device!r}", field="device", remedy="use auto, cpu, cuda or cuda:N"
         ) from exc
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequestError(
-            "this torch build or machine has no CUDA GPU", field="device", remedy="use auto or cpu"
-        )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequestError(f"there is no {device} on this machine", field="device", remedy="use auto or cpu")
     if resolved.type not in ("cpu", "cuda"):
         raise InvalidRequestError(
             f"device {device!r} is not supported", field="device", remedy="use auto, cpu, cuda or cuda:N"
@@ -66,14 +63,6 @@ def load_model(
     overwritten in place while the model is loaded.
     """
     config = checkpoint.config
-    need = checkpoint.parameters * dtype.itemsize
-    available = available_memory(device)
-    if available is not None and need > available:
-        raise EngineMemoryError(
-            f"the weights need {gib(need)} on {device}, {gib(available)} are available",
-            file=checkpoint.model_dir,
-            remedy="free memory, use a 16-bit --dtype, or a smaller model",
-        )
     report = progress or (lambda *_: None)
     total = config.num_layers + 1
     report("Loading weights", 0, total, "layers")

@@ -97,15 +97,17 @@ class Model:
 
     def step_context(self, start: int, length: int, seq_len: int) -> StepContext:
         """Shared tensors for ``length`` tokens from position ``start`` of a sequence that will be ``seq_len`` long."""
-        positions = torch.arange(start, start + length, dtype=torch.float32, device=self.device)  # [T]
-        cos, sin = self.rope.tables(positions, seq_len)
-        scaling = self.config.query_scaling
+        cos, sin = self.rope.tables(start, start + length, seq_len)
+        scale, scaling = None, self.config.query_scaling
+        if scaling is not None:
+            positions = torch.arange(start, start + length, dtype=torch.float32, device=self.device)  # [T]
+            scale = query_scale(scaling, positions)
         return StepContext(
             start=start,
             end=start + length,
             cos=cos,
             sin=sin,
-            query_scale=None if scaling is None else query_scale(scaling, positions),
+            query_scale=scale,
             masks={window: causal_mask(start, length, window, self.device) for window in self._windows},
         )
 

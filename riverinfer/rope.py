@@ -26,10 +26,14 @@ class Rope:
         self.config = config
         self.device = device
         self.attention_factor = _attention_factor(config)
-        self._fixed = {key: self._inverse_frequencies(key).to(device) for key in self._fixed_keys()}
+        regimes = (0, 1) if config.rope_type == "longrope" else (0,)
+        self._fixed = {regime: self._inverse_frequencies(regime).to(device) for regime in regimes}
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _fixed_keys(self) -> tuple[int, ...]:
-        return (0, 1) if self.config.rope_type == "longrope" else (0,)
+    def reserve(self, positions: int) -> None:
+        """Compute the tables of the first ``positions`` positions now, so that decoding only slices them."""
+        for regime in self._fixed:
+            self._tables[regime] = self._compute(0, positions, self._fixed[regime])
 
     @property
     def length_dependent(self) -> bool:
@@ -57,12 +61,20 @@ class Rope:
             return self._inverse_frequencies(seq_len).to(self.device)
         return self._fixed[self.regime(seq_len)]
 
-    def tables(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin for ``positions`` (float32 [T]), each float32 [T, 1, rotary_dim].
+    def tables(self, start: int, end: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin for positions start .. end - 1, each float32 [T, 1, rotary_dim].
 
         The first half of sin is negated, so that ``x * cos + roll(x, rotary_dim / 2) * sin`` rotates.
         """
-        angles = torch.outer(positions, self.inverse_frequencies(seq_len))  # [T, rotary_dim / 2]
+        if self.config.rope_type != "dynamic" or not self.scaled_by_length(seq_len):
+            cos, sin = self._tables.get(self.regime(seq_len), (None, None))
+            if cos is not None and sin is not None and end <= len(cos):
+                return cos[start:end], sin[start:end]
+        return self._compute(start, end, self.inverse_frequencies(seq_len))
+
+    def _compute(self, start: int, end: int, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(start, end, dtype=torch.float32, device=self.device)  # [T]
+        angles = torch.outer(positions, inverse_frequencies)  # [T, rotary_dim / 2]
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor

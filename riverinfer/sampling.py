@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,23 +54,26 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise InvalidRequestError(f"is {value!r}", field=name, remedy="give a list")
+            object.__setattr__(self, name, tuple(value))
         _number("temperature", self.temperature, 0.0, math.inf)
-        _integer("top_k", self.top_k, 0, "0 keeps every token")
+        check_integer("top_k", self.top_k, 0)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, "leave it out for a random one")
+            check_integer("seed", self.seed, 0)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, "leave it out to generate until the context is full")
+            check_integer("max_tokens", self.max_tokens, 1)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, "leave it out for none")
+            check_integer("logprobs", self.logprobs, 0)
         if not all(isinstance(s, str) and s for s in self.stop):
             raise InvalidRequestError("must be non-empty strings", field="stop", remedy="leave empty ones out")
         for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, "give token ids")
+            check_integer("stop_token_ids", token, 0)
 
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed drawn if there is none."""
@@ -84,9 +88,11 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
         raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"give a number {bounds}")
 
 
-def _integer(name: str, value: Any, low: int, hint: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"give an integer of at least {low}, or {hint}")
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise InvalidRequestError naming ``name`` unless ``value`` is an integer from ``low`` to ``high``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bounds = f"of at least {low}" + ("" if high is None else f" and at most {high}")
+        raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"give an integer {bounds}")
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,8 @@ class Sampler:
         """``vocab_size``: ids from here on (padding rows of the head) are never chosen."""
         self.params = params
         self._vocab_size = vocab_size
-        self._generator = torch.Generator()
-        self._generator.manual_seed(params.seed if params.seed is not None else secrets.randbits(32))
+        # Python's generator takes every bit of the seed; torch's would use the low 32.
+        self._random = random.Random(params.seed if params.seed is not None else secrets.randbits(32))
 
     def __call__(self, logits: Tensor, context: Sequence[int]) -> Sampled:
         """logits float32 [vocab]; ``context``: prompt and answer so far, for the repetition penalty."""
@@ -126,6 +132,7 @@ class Sampler:
     def distribution(self, row: Tensor, context: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The tokens that can be chosen and their probabilities: (int64 [n], float64 [n] summing to 1)."""
         params = self.params
+        row = row.double()
         if params.repetition_penalty != 1.0:
             seen = torch.tensor(sorted({t for t in context if t < len(row)}), dtype=torch.int64, device=row.device)
             row = row.clone()
@@ -133,7 +140,8 @@ class Sampler:
             row[seen] = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
         if not params.temperature:
             return row.argmax().view(1), torch.ones(1, dtype=torch.float64)
-        row = row / params.temperature
+        # The largest score is 0 before it is divided: no temperature, however small, makes it overflow.
+        row = (row - row.max()) / params.temperature
         ids: Tensor | None = None
         if params.top_k and params.top_k < len(row):
             row, ids = row.topk(params.top_k)
@@ -145,14 +153,13 @@ class Sampler:
             row, ids = row[kept], kept if ids is None else ids[kept]
         if ids is None:
             ids = torch.arange(len(row), device=row.device)
-        return ids, row.double().softmax(0)
+        return ids, row.softmax(0)
 
     def _draw(self, probabilities: Tensor) -> int:
         if len(probabilities) == 1:
             return 0
-        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
         cumulative = probabilities.cpu().cumsum(0)
-        index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+        index = int(torch.searchsorted(cumulative, self._random.random() * cumulative[-1], right=True))
         return min(index, len(probabilities) - 1)
 
 
@@ -164,7 +171,7 @@ def _nucleus(row: Tensor, top_p: float, *, ordered: bool) -> tuple[Tensor, Tenso
             values, order = row, torch.arange(len(row), device=row.device)
         else:
             values, order = row.topk(min(candidates, len(row)))
-        cumulative = (values - normalizer).double().exp().cumsum(0)
+        cumulative = (values - normalizer).exp().cumsum(0)
         reached = int((cumulative < top_p).sum())
         if reached < len(values) or len(values) == len(row):
             break

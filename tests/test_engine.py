@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from riverinfer.errors import (
     EngineClosedError,
     InvalidRequestError,
     NoFreeSlotError,
+    RiverinferWarning,
 )
 
 PROMPT = "Once upon a time"
@@ -125,6 +127,10 @@ def test_running_out_of_context_is_a_typed_error_that_keeps_the_output() -> None
         with pytest.raises(ContextLengthError, match="context of 20 tokens is full") as caught:
             engine.generate(ids, SamplingParams(ignore_eos=True))
         output = caught.value.output
+        streamed = Output()
+        with pytest.raises(ContextLengthError) as again:
+            list(engine.stream(ids, SamplingParams(ignore_eos=True), output=streamed))
+        assert again.value.output is streamed
         assert output is not None
         # 12 prompt tokens leave 8 positions; the token after the last position is still predicted.
         assert len(output.token_ids) == 9
@@ -137,7 +143,13 @@ def test_running_out_of_context_is_a_typed_error_that_keeps_the_output() -> None
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("", "prompt is empty"), ([], "no tokens"), ([5, 384], "token id 384 is outside"), ([-1], "token id -1")],
+    [
+        ("", "prompt is empty"),
+        ([], "no tokens"),
+        ([5, 384], "token id 384 is outside"),
+        ([-1], "token id -1"),
+        ([1.5], "must be integers"),
+    ],
 )
 def test_bad_prompts_are_refused_at_the_call(llama: Engine, prompt: str | list[int], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
@@ -153,6 +165,8 @@ def test_bad_prompts_are_refused_at_the_call(llama: Engine, prompt: str | list[i
         ({"ctx_size": -1}, "ctx_size: is -1"),
         ({"max_sequences": 0}, "max_sequences: is 0"),
         ({"threads": 0}, "threads: is 0"),
+        ({"threads": "2"}, "threads: is '2'"),
+        ({"threads": 20_000}, "threads: is 20000"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -161,7 +175,7 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 
 
 def test_context_size_zero_is_the_models_own_and_more_is_capped() -> None:
-    for asked, want in ((0, 2048), (100_000, 2048), (64, 64)):
+    for asked, want in ((0, 2048), (4096, 2048), (64, 64)):
         with Engine.load(ROOT / "llama", device="cpu", ctx_size=asked, max_sequences=1) as engine:
             assert engine.ctx_size == want
 
@@ -216,6 +230,66 @@ def test_calls_from_several_threads_queue_and_agree(llama: Engine) -> None:
         thread.join(60)
     assert [got[i] for i in range(6)] == want
     assert llama.slots.busy == 0
+
+
+def test_two_threads_that_want_two_streams_each_do_not_wait_for_each_other(llama: Engine) -> None:
+    barrier, results = threading.Barrier(2), []
+
+    def work() -> None:
+        first = llama.stream(PROMPT, LONG)
+        next(first)
+        barrier.wait(30)
+        try:
+            next(llama.stream(PROMPT, LONG))
+            results.append("ok")
+        except NoFreeSlotError:
+            results.append("refused")
+        barrier.wait(30)
+        first.close()  # type: ignore[attr-defined]
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == ["refused", "refused"]
+    assert llama.slots.busy == 0
+
+
+def test_closing_wakes_those_that_wait_for_a_slot() -> None:
+    engine = Engine.load(ROOT / "llama", device="cpu", ctx_size=64, max_sequences=1)
+    held = engine.stream(PROMPT, LONG)
+    next(held)
+    never_started = engine.stream(PROMPT, LONG)
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            engine.generate(PROMPT, LONG)
+        except EngineClosedError as exc:
+            caught.append(exc)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    engine.close()
+    thread.join(10)
+    assert len(caught) == 1
+    for stream in (held, never_started):
+        with pytest.raises(EngineClosedError):
+            next(stream)
+
+
+def test_the_callers_pauses_are_not_decode_time(llama: Engine) -> None:
+    output = Output()
+    for _ in llama.stream(PROMPT, replace(LONG, max_tokens=6), output=output):
+        time.sleep(0.05)
+    assert output.stats.decode_s < 0.15
+
+
+def test_a_context_cut_to_the_models_limit_is_said() -> None:
+    with pytest.warns(RiverinferWarning, match="the context is 2048 tokens, the model's limit, not 5000"):
+        Engine.load(ROOT / "llama", device="cpu", ctx_size=5000, max_sequences=1).close()
 
 
 def test_a_closed_engine_says_so() -> None:

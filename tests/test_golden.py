@@ -77,6 +77,18 @@ def test_bfloat16_is_within_the_references_own_error(golden: Golden) -> None:
         assert rms(got - exact) <= rms(reference - exact), name
 
 
+def test_bfloat16_leaves_the_greedy_path_only_where_the_choice_is_within_its_error(golden: Golden) -> None:
+    model, t = open_model(golden.folder, torch.bfloat16), golden.tensors
+    error = golden.info["bf16_vs_f32_prompt2"]["max_abs_logit_diff"]
+    for key, want in t.items():
+        if key.endswith("greedy_ids"):
+            prompt = key.split(".")[1]
+            got = greedy(model, t[f"{prompt}.input_ids"].tolist(), len(want))
+            margins = t[f"f32.{prompt}.greedy_margins"]
+            first = next((i for i, (a, b) in enumerate(zip(got, want.tolist(), strict=True)) if a != b), None)
+            assert first is None or margins[first] < 2 * error, (key, first, float(margins[first]))
+
+
 def test_one_token_at_a_time_equals_one_pass(golden: Golden, model: Model) -> None:
     ids = golden.tensors["prompt2.input_ids"].tolist()
     cache = make_cache(model)

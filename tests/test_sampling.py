@@ -121,6 +121,23 @@ def test_padding_rows_of_the_head_are_never_chosen() -> None:
     assert {hot(row, []).token_id for _ in range(100)} == {0, 1}
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    row = torch.randn(1000, generator=torch.Generator().manual_seed(9)) * 20
+    for options in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 100.0}):
+        params = SamplingParams(temperature=temperature, seed=1, **options)
+        assert Sampler(params, 1000)(row, []).token_id == int(row.argmax()), options
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    row = torch.zeros(1000)
+    drawn = {
+        tuple(sampler(row, []).token_id for _ in range(8))
+        for sampler in (Sampler(SamplingParams(temperature=1.0, seed=seed), 1000) for seed in (0, 2**40, 2**63, 2**100))
+    }
+    assert len(drawn) == 4
+
+
 def test_the_same_seed_draws_the_same_tokens() -> None:
     row = torch.randn(100, generator=torch.Generator().manual_seed(2))
     runs = []
@@ -143,6 +160,12 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
         ("min_p", 2),
         ("repetition_penalty", 0),
         ("seed", -1),
+        ("seed", 1.0),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1e9),
+        ("stop", None),
+        ("stop", 5),
+        ("stop_token_ids", 5),
         ("max_tokens", 0),
         ("max_tokens", True),
         ("logprobs", -1),

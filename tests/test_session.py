@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from golden_models import NAMES, ROOT, Golden
+from golden_models import NAMES, ROOT, Golden, copy_model, edit_json
 
 from riverinfer import ChatSession, Engine, SamplingParams
-from riverinfer.errors import ChatTemplateError, ContextLengthError, InvalidRequestError, SessionFileError
+from riverinfer.errors import (
+    ChatTemplateError,
+    ContextLengthError,
+    InvalidRequestError,
+    RiverinferWarning,
+    SessionFileError,
+)
 
 SHORT = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -236,3 +244,76 @@ def test_bad_messages_are_refused(llama: Engine, chat: ChatSession) -> None:
     for bad in ({"role": "narrator", "content": "x"}, {"role": "user"}, {"role": "user", "content": 5}):
         with pytest.raises(InvalidRequestError, match="malformed"):
             llama.session(messages=[bad])  # type: ignore[list-item]
+
+
+def test_changes_during_an_answer_win_over_it(chat: ChatSession) -> None:
+    saved = {"version": 1, "messages": [{"role": "user", "content": "saved"}]}
+
+    def begin() -> Iterator[object]:
+        chat.clear()
+        stream = chat.send("Hello", SHORT)
+        next(stream)
+        return stream
+
+    for change in (lambda: chat.clear(), lambda: chat.load_dict(saved), lambda: chat.set_messages([])):
+        stream = begin()
+        change()
+        expected = list(chat.messages)
+        assert list(stream) == []
+        assert chat.messages == expected
+        assert all(message["content"] != "Hello" for message in chat.messages)
+
+
+def test_a_session_answers_one_thread_at_a_time(chat: ChatSession) -> None:
+    mine = chat.send("Hello", SHORT)
+    caught: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            chat.send("Mine!", SHORT)
+        except InvalidRequestError as exc:
+            caught.append(exc)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(10)
+    assert "answering another thread" in str(caught[0])
+    assert len(list(mine)) == 12
+
+
+def test_an_empty_system_prompt_is_not_none(llama: Engine) -> None:
+    session = llama.session(system="")
+    assert session.messages == [{"role": "system", "content": ""}]
+    assert llama.session().messages == []
+
+
+def test_tokens_that_no_message_shows_are_not_kept_for_later_turns(llama: Engine) -> None:
+    """Under ignore_eos the model may go on after a special token; the next turn sees what the messages say."""
+    special = llama.tokenizer.eos_token_id
+    assert special is not None
+    session = llama.session()
+    for _ in session.send("Hello", SamplingParams(max_tokens=3, ignore_eos=True)):
+        pass
+    output = session.last_output
+    assert output is not None
+    output.token_ids.insert(1, special)
+    session._marks.clear()
+    session._remember(session.prompt_text(session.messages[:1]), output.prompt_token_ids, output)
+    assert session._marks == [(len(session._text), len(session._ids))]
+    assert special not in session._ids[len(output.prompt_token_ids) :]
+
+
+def test_named_templates_can_be_chosen(tmp_path: Path) -> None:
+    folder = copy_model("llama", tmp_path / "model")
+    named = [{"name": "a", "template": "A{{ messages[0].content }}"}, {"name": "b", "template": "B"}]
+    edit_json(folder / "tokenizer_config.json", chat_template=named)
+    with Engine.load(folder, device="cpu", ctx_size=64, max_sequences=1) as engine:
+        with pytest.raises(ChatTemplateError, match="choose one of 'a', 'b'"):
+            engine.session()
+        assert engine.session(template_name="a").prompt_text([{"role": "user", "content": "x"}]) == "Ax"
+
+
+def test_two_bos_tokens_are_warned_about(llama: Engine) -> None:
+    session = llama.session(chat_template="{{ bos_token }}{{ bos_token }}{{ messages[0].content }}")
+    with pytest.warns(RiverinferWarning, match="two BOS"):
+        session.send("x")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,7 +60,11 @@ def convert_checkpoint(
     config = read_json(source / "config.json", "give the folder of a complete Hugging Face model")
     tensors, notes = _open(source, kind)
     _refuse_foreign_names(source, tensors)
-    tensors = _drop_redundant(tensors, config, notes)
+    tensors, untie = _drop_redundant(tensors, config)
+    if untie:
+        notes.append(
+            f"{_HEAD} differs from {_EMBEDDING} and was kept: tie_word_embeddings is false in the new config.json"
+        )
     if dtype is not None and config.get("quantization_config"):
         raise ConversionError(
             "a quantized checkpoint cannot change its dtype",
@@ -75,6 +78,9 @@ def convert_checkpoint(
     if dtype is not None:
         config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
         config["torch_dtype"] = dtype_name(dtype)
+    if untie:
+        config["tie_word_embeddings"] = False
+    if untie or dtype is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         _copy(source / "config.json", folder / "config.json")
@@ -129,16 +135,18 @@ def _refuse_foreign_names(source: Path, tensors: list[StoredTensor]) -> None:
         )
 
 
-def _drop_redundant(tensors: list[StoredTensor], config: dict[str, Any], notes: list[str]) -> list[StoredTensor]:
+def _drop_redundant(tensors: list[StoredTensor], config: dict[str, Any]) -> tuple[list[StoredTensor], bool]:
+    """The tensors to keep, and whether config.json ties a head that differs. Such a head is what runs:
+    transformers and riverinfer tie only equal ones."""
     kept = [tensor for tensor in tensors if not tensor.name.endswith(".rotary_emb.inv_freq")]
     by_name = {tensor.name: tensor for tensor in kept}
     head, embedding = by_name.get(_HEAD), by_name[_EMBEDDING]
     if head is None or config.get("tie_word_embeddings") is not True:
-        return kept
+        return kept, False
     same = head.identity is not None and head.identity == embedding.identity
     if not same and not _equal(head, embedding):
-        notes.append(f"{_HEAD} was left out: config.json ties it to {_EMBEDDING}, although the stored values differ")
-    return [tensor for tensor in kept if tensor is not head]
+        return kept, True
+    return [tensor for tensor in kept if tensor is not head], False
 
 
 def _equal(first: StoredTensor, second: StoredTensor) -> bool:
@@ -182,9 +190,8 @@ def _copy_companions(source: Path, folder: Path) -> set[str]:
 
 def _copy(source: Path, target: Path) -> None:
     try:
-        content = source.open("rb")
+        content = source.read_bytes()
     except OSError as error:
         raise ConversionError(f"cannot be read: {error.strerror or error}", file=source) from error
     target.parent.mkdir(exist_ok=True)
-    with content, target.open("wb") as out:
-        shutil.copyfileobj(content, out)
+    target.write_bytes(content)

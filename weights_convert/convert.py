@@ -32,9 +32,9 @@ def convert(src: Path, dst: Path, *, dtype: str | None = None, progress: Progres
     ``dst`` appears only when it is complete: it is written under ``.NAME.partial-PID`` beside it, which is
     removed on every error.
 
-    Raises ``ConversionError`` if ``dst`` exists and is not empty, if ``src`` is damaged, incomplete or of an
-    unknown kind, or if the disk refuses; ``UnsupportedModelError`` and ``TokenizerError`` for models and
-    tokenizers that riverinfer does not run.
+    Raises ``ConversionError`` if ``dst`` exists and is not empty or is the current folder, if ``src`` is damaged,
+    incomplete or of an unknown kind, or if the disk refuses; ``UnsupportedModelError`` and ``TokenizerError``
+    for models and tokenizers that riverinfer does not run.
     """
     started = time.monotonic()
     src, dst = Path(src), Path(dst)
@@ -82,11 +82,13 @@ def find_source(src: Path) -> tuple[SourceKind, Path]:
         names = sorted(entry.name for entry in src.iterdir() if entry.is_file())
     except OSError as error:
         raise ConversionError(f"cannot be read: {error.strerror or error}", file=src) from error
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+    if "model.safetensors" in names or "model.safetensors.index.json" in names:
         return "safetensors", src
     pickles = [name for name in names if name.endswith((*PYTORCH_SUFFIXES, ".bin.index.json"))]
     if any(not name.startswith(TRAINING_STATE) for name in pickles):
         return "pytorch", src
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return "safetensors", src
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if len(ggufs) == 1:
         return _single_file(src / ggufs[0])

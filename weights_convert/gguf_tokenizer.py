@@ -18,6 +18,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # llama.cpp fills ids that the original vocabulary lacks with these.
 _FILLER = re.compile(r"\[PAD-?\d+\]")
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+# Control tokens that llama.cpp knows by their text to end a turn, whether or not the metadata name them.
+_END_TEXTS = frozenset({"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endoftext|>"})
 _NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -65,13 +67,14 @@ def write_tokenizer(gguf: GgufFile, folder: Path, *, vocab_rows: int, context: i
 
 
 def end_of_text_ids(gguf: GgufFile, vocab_rows: int) -> list[int]:
-    """The ids that end a turn: eos and, where it differs, eot."""
-    ids: list[int] = []
-    for name in ("eos", "eot"):
-        token = gguf.value(f"tokenizer.ggml.{name}_token_id", int)
-        if token is not None and 0 <= token < vocab_rows and token not in ids:
-            ids.append(token)
-    return ids
+    """The ids that end a turn, each once: eos, eot, then control tokens with the text of such a token."""
+    named = [gguf.value(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
+    tokens = gguf.value("tokenizer.ggml.tokens", list) or []
+    types = gguf.value("tokenizer.ggml.token_type", list) or []
+    # The lists may differ in length here: write_tokenizer refuses that.
+    pairs = enumerate(zip(tokens, types, strict=False))
+    found = [index for index, (text, kind) in pairs if kind == CONTROL and text in _END_TEXTS]
+    return list(dict.fromkeys(i for i in (*named, *found) if i is not None and 0 <= i < vocab_rows))
 
 
 def _read_vocabulary(gguf: GgufFile, vocab_rows: int) -> Vocabulary:

@@ -23,9 +23,11 @@ def output_folder(destination: Path) -> Iterator[Path]:
     Temporary folders that dead processes left for the same destination are removed first.
 
     Raises ``ConversionError`` if ``destination`` exists and is not an empty folder (before the block runs),
-    if this process is already writing it, or if the file system refuses (no space, no permission).
+    if this process is already writing it, or if the file system refuses (no space, no permission). An
+    ``OSError`` of the block about a file outside the temporary folder becomes one that names this file.
     """
-    destination = Path(os.path.realpath(destination))
+    with _os_errors(destination):
+        destination = Path(os.path.realpath(destination))
     check_destination(destination)
     partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
     with _active_lock:
@@ -38,7 +40,8 @@ def output_folder(destination: Path) -> Iterator[Path]:
             _remove_stale(destination)
             partial.mkdir()
             try:
-                yield partial
+                with _source_errors(partial):
+                    yield partial
                 check_destination(destination)
                 partial.rename(destination)
             except BaseException:
@@ -50,12 +53,15 @@ def output_folder(destination: Path) -> Iterator[Path]:
 
 
 def check_destination(destination: Path) -> None:
-    """Raise ``ConversionError`` unless ``destination`` is absent or an empty folder."""
+    """Raise ``ConversionError`` unless ``destination`` is absent or an empty folder other than the current one,
+    which cannot be replaced under the processes that run in it. ``Path("")`` is the current folder."""
     with _os_errors(destination):
         if not os.path.lexists(destination):
             return
         if not destination.is_dir():
             raise ConversionError("exists and is not a folder", file=destination, remedy="choose another destination")
+        if os.path.samefile(destination, os.curdir):
+            raise ConversionError("is the current folder", file=destination, remedy="name a folder to be made")
         if any(destination.iterdir()):
             raise ConversionError(
                 "exists and is not empty", file=destination, remedy="choose another destination or remove it"
@@ -66,11 +72,12 @@ def _remove_stale(destination: Path) -> None:
     prefix = f".{destination.name}.partial-"
     for path in destination.parent.iterdir():
         pid = path.name.removeprefix(prefix)
-        if path.name.startswith(prefix) and pid.isdecimal() and not _is_running(int(pid)):
+        if path.name.startswith(prefix) and pid.isdecimal() and not process_is_running(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_running(pid: int) -> bool:
+def process_is_running(pid: int) -> bool:
+    """Whether ``pid`` is a process other than this one."""
     if pid == os.getpid():
         # A leftover of an earlier process with the same id (usual in containers): this process' own folder
         # does not exist yet.
@@ -89,13 +96,29 @@ def _os_errors(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"cannot be written: {error.strerror or error}"
-        where = None
-        with suppress(TypeError, AttributeError):
-            where = os.fspath(error.filename)
         raise ConversionError(
-            problem,
+            f"cannot be written: {error.strerror or error}",
             file=destination,
-            field=str(where) if where else None,
+            field=_file_name(error),
             remedy="check the free space and the permissions of the destination",
         ) from error
+
+
+@contextmanager
+def _source_errors(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name = _file_name(error)
+        if name is None or Path(os.path.realpath(name)).is_relative_to(partial):
+            raise
+        raise ConversionError(
+            f"cannot be read: {error.strerror or error}", file=name, remedy="check the source"
+        ) from error
+
+
+def _file_name(error: OSError) -> str | None:
+    # It may be a file descriptor.
+    with suppress(TypeError):
+        return os.fsdecode(error.filename) or None
+    return None

@@ -30,3 +30,15 @@ class ConversionReport:
     files: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
+
+    def __str__(self) -> str:
+        """What was made, in a few lines for the user; without ``notes``."""
+        size = f"{self.weight_bytes / 2**20:,.1f} MiB"
+        lines = [
+            f"Converted {self.source} ({self.source_kind}) to {self.destination}",
+            f"  {self.model_type}, {self.parameters:,} parameters in {self.tensors} tensors, {size} {self.dtype}",
+        ]
+        if any(name.startswith("Q") for name in self.source_types):
+            types = ", ".join(f"{count} {name}" for name, count in sorted(self.source_types.items()))
+            lines.append(f"  tensors in the source: {types}")
+        return "\n".join([*lines, f"  took {self.seconds:.1f} s"])

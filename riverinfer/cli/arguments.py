@@ -11,14 +11,25 @@ from typing import Any
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; ``--ctx_size`` is ``--ctx-size``. Exits 2 on usage errors, 0 after --help."""
-    return build_parser().parse_args([_dashes(word) for word in argv])
+    parser = build_parser()
+    known = _long_options(parser)
+
+    def dashes(word: str) -> str:
+        name, equals, value = word.partition("=")
+        option = name.replace("_", "-")
+        return option + equals + value if option in known else word
+
+    return parser.parse_args([dashes(word) for word in argv])
 
 
-def _dashes(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+def _long_options(parser: argparse.ArgumentParser) -> set[str]:
+    found: set[str] = set()
+    for action in parser._actions:
+        found.update(option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= _long_options(command)
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -145,6 +156,7 @@ def _template(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system-prompt-file", type=Path, metavar="FILE")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file instead of the model's own")
+    which.add_argument("--chat-template-name", metavar="NAME", help="one of the model's own templates")
     which.add_argument("--no-chat-template", action="store_true", help="send bare text")
     group.add_argument(
         "--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help="variables for the template"

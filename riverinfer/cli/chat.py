@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from riverinfer.cli.chat_commands import Commands, Leave, Regenerate, Send
+from riverinfer.cli.chat_commands import Commands, Edit, Leave, Regenerate, Send
 from riverinfer.cli.generate import format_stats
-from riverinfer.cli.setup import describe_params, given_prompt, load_engine, make_session, sampling_params
+from riverinfer.cli.setup import (
+    check_flags,
+    describe_params,
+    given_prompt,
+    load_engine,
+    make_session,
+    recommended,
+    sampling_params,
+)
 from riverinfer.cli.terminal import Terminal, open_terminal
 from riverinfer.errors import ContextLengthError, RiverinferError
 
@@ -21,19 +30,25 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the input ends. Answers go to stdout, everything else to stderr."""
+    check_flags(args)
     first = given_prompt(args)
     terminal = open_terminal(color=args.color, history=not args.no_history)
     with load_engine(args) as engine:
         session = make_session(args, engine)
-        params = sampling_params(args, engine)
+        taken = recommended(args, engine)
+        params = sampling_params(args, taken)
+        sampling = describe_params(params, taken, engine.generation_config.origin)
         if terminal.interactive:
-            _greet(terminal, engine, params)
-        chat = _Chat(terminal, session, params, stats=terminal.interactive and not args.no_stats)
+            _greet(terminal, engine)
+        terminal.note(f"sampling: {sampling}")
+        if terminal.interactive:
+            terminal.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        chat = _Chat(terminal, session, params, stats=terminal.interactive and not args.no_stats, debug=args.debug)
         try:
             if first is not None:
                 if terminal.interactive:
                     terminal.note(f"> {first.rstrip()}")
-                chat.answer(session.send, first)
+                chat.message(first)
             elif args.single_turn:
                 chat.turn(terminal.read())
             if not args.single_turn:
@@ -46,78 +61,88 @@ def run(args: argparse.Namespace) -> int:
 class _Chat:
     """The loop around one session."""
 
-    def __init__(self, terminal: Terminal, session: ChatSession, params: SamplingParams, *, stats: bool) -> None:
-        self.terminal, self.session, self.stats = terminal, session, stats
+    def __init__(
+        self, terminal: Terminal, session: ChatSession, params: SamplingParams, *, stats: bool, debug: bool
+    ) -> None:
+        self.terminal, self.session, self.stats, self.debug = terminal, session, stats, debug
         self.commands = Commands(session, params, terminal)
         self.failures = 0
+        self._edited: Edit | None = None  # the message that the next line replaces
 
     def loop(self) -> None:
         """Turns until end of input or /exit."""
-        draft = ""
         while True:
+            draft = self._edited.text if self._edited else ""
             try:
                 line = self.terminal.read(draft, complete=self.commands.names)
             except KeyboardInterrupt:
+                self._edited = None
                 self.terminal.note("Ctrl-D or /exit leaves; Ctrl-C stops an answer")
                 continue
-            draft = self.turn(line)
+            self.turn(line)
 
-    def turn(self, line: str) -> str:
-        """One input: a message or a command. Returns the text the next input line should start with."""
+    def turn(self, line: str) -> None:
+        """One input: a message or a command. Whatever goes wrong with it is said, and the chat goes on."""
+        edited, self._edited = self._edited, None
         if not line.strip():
-            return ""
-        try:
+            return
+        with self._surviving():
             action = self.commands.interpret(line)
-            if isinstance(action, Send):
-                self.answer(self.session.send, action.text)
+            if isinstance(action, Edit):
+                self._edited = action
             elif isinstance(action, Regenerate):
-                self.answer(self.session.regenerate)
-            elif isinstance(action, str):
-                return action
-        except RiverinferError as exc:
-            self.problem(exc)
-        return ""
+                self._stream(self.session.regenerate(self.commands.params))
+            elif isinstance(action, Send):
+                if edited is not None:
+                    self.session.undo()
+                self._stream(self.session.send(action.text, self.commands.params))
 
-    def answer(self, ask: object, *text: str) -> None:
-        """Stream one answer; Ctrl-C stops it and keeps what was said."""
-        assert callable(ask)
+    def message(self, text: str) -> None:
+        """Answer ``text`` as it is, slashes and all."""
+        with self._surviving():
+            self._stream(self.session.send(text, self.commands.params))
+
+    def _stream(self, steps: Iterator[Step]) -> None:
+        """Print one answer; Ctrl-C stops it and keeps what was said."""
         before = self.session.last_output
         try:
-            steps: Iterator[Step] = ask(*text, self.commands.params)
-            try:
+            with contextlib.closing(steps):  # type: ignore[type-var]
                 for step in steps:
                     self.terminal.write(step.text)
-            finally:
-                close = getattr(steps, "close", None)
-                if close is not None:
-                    close()
-                if self.session.last_output is not before:
-                    self.terminal.end_answer()
         except KeyboardInterrupt:
             if not self.terminal.interactive:
                 raise
             said = self.session.last_output is not before
             self.terminal.note("stopped" if said else "stopped before the answer began; the message was taken back")
-        except ContextLengthError as exc:
-            self.problem(exc)
-            return
-        except RiverinferError as exc:
-            self.problem(exc)
-            return
+        finally:
+            self.terminal.end_answer()
         output = self.session.last_output
         if self.stats and output is not None and output is not before:
             self.terminal.note(format_stats(output))
 
-    def problem(self, exc: RiverinferError) -> None:
-        """Say what went wrong and go on."""
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except (Leave, BrokenPipeError):
+            raise
+        except ContextLengthError as exc:
+            room = "/clear starts afresh, /undo takes back a turn, --ctx-size N at the start gives room"
+            self._problem(f"{exc.problem}; {room}")
+        except RiverinferError as exc:
+            self._problem(str(exc))
+        except Exception as exc:
+            # A bug of ours must not take the conversation with it.
+            if self.debug:
+                raise
+            self._problem(f"internal error, {type(exc).__name__}: {exc}; --debug shows where")
+
+    def _problem(self, text: str) -> None:
         self.failures += 1
-        text = str(exc)
-        if isinstance(exc, ContextLengthError):
-            text = f"{exc.problem}; /clear starts afresh, /undo takes back a turn, --ctx-size N at the start gives room"
         self.terminal.note(" ".join(text.split()))
 
 
-def _greet(terminal: Terminal, engine: Engine, params: SamplingParams) -> None:
+def _greet(terminal: Terminal, engine: Engine) -> None:
     import torch
 
     import riverinfer
@@ -130,5 +155,3 @@ def _greet(terminal: Terminal, engine: Engine, params: SamplingParams) -> None:
         f"riverinfer {riverinfer.__version__} · {engine.model_dir.resolve().name} · {engine.mode} · {dtype} on {place}"
         f" · context {engine.ctx_size}"
     )
-    terminal.note(f"sampling: {describe_params(params, engine)}")
-    terminal.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")

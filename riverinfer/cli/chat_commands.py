@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,8 +36,15 @@ class Regenerate:
     """Answer the last message again."""
 
 
-Action = Send | Regenerate | str | None
-"""What the loop does next; a string becomes the draft of the next input line."""
+@dataclass(frozen=True)
+class Edit:
+    """Offer the last message for changing; what is then sent replaces it."""
+
+    text: str
+
+
+Action = Send | Regenerate | Edit | None
+"""What the loop does next."""
 
 # What /set accepts: name -> (field of SamplingParams, how to read a value).
 _SETTABLE: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -49,7 +57,7 @@ _SETTABLE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "repetition-penalty": ("repetition_penalty", float),
     "seed": ("seed", lambda text: None if int(text) == -1 else int(text)),
     "max-tokens": ("max_tokens", lambda text: None if int(text) == -1 else int(text)),
-    "stop": ("stop", lambda text: () if text == "none" else (text.encode().decode("unicode_escape"),)),
+    "stop": ("stop", lambda text: () if text == "none" else (_unescape(text),)),
     "ignore-eos": ("ignore_eos", lambda text: {"on": True, "off": False}[text]),
 }
 
@@ -90,13 +98,13 @@ class Commands:
             return Send(line[1:])
         if not line.startswith("/"):
             return Send(line)
-        word, _, rest = line[1:].strip().partition(" ")
+        word, rest = _first_word(line[1:])
         name = self._aliases.get(word.lower(), word.lower())
         if name not in self._table:
             raise InvalidRequestError(
                 f"unknown command /{word}", remedy="/help lists them; // sends a line that begins with a slash"
             )
-        return self._table[name][0](rest.strip())
+        return self._table[name][0](rest)
 
     def _say(self, text: str) -> None:
         for line in text.splitlines() or [""]:
@@ -121,13 +129,16 @@ class Commands:
             self._say("sampling is greedy, so the answer will be the same: /set temp 0.7 varies it")
         else:
             self.params = replace(self.params, seed=None).with_seed()
+            self._say(f"new seed {self.params.seed}")
         return Regenerate()
 
     def _edit(self, _: str) -> Action:
-        text = self.session.undo()
-        if text is None:
+        if not self.terminal.interactive:
+            raise InvalidRequestError("/edit needs a terminal", remedy="use /undo and send the message again")
+        asked = [message["content"] for message in self.session.messages if message["role"] == "user"]
+        if not asked:
             raise InvalidRequestError("there is no message to edit", remedy="send one first")
-        return text
+        return Edit(asked[-1])
 
     def _undo(self, _: str) -> None:
         text = self.session.undo()
@@ -147,7 +158,7 @@ class Commands:
             field, read = _SETTABLE[name]
             try:
                 parsed = read(value)
-            except (ValueError, KeyError, UnicodeDecodeError):
+            except (ValueError, KeyError):
                 raise InvalidRequestError(f"{name} cannot be {value!r}", remedy="/set shows the values now") from None
             self.params = replace(self.params, **{field: parsed}).with_seed()
         self._say(describe_params(self.params))
@@ -172,6 +183,8 @@ class Commands:
     def _save(self, text: str) -> None:
         path = _path(text, "/save FILE")
         data = self.session.to_dict() | {"params": _params_as_dict(self.params)}
+        if not path.name or path.is_dir():
+            raise SessionFileError("is a folder", file=path, remedy="give a file name")
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             aside.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -185,11 +198,10 @@ class Commands:
 
     def _load(self, text: str) -> None:
         path = _path(text, "/load FILE")
+        content = read_text(path)
         try:
-            data = json.loads(read_text(path))
-        except ValueError as exc:
-            if isinstance(exc, InvalidRequestError):
-                raise
+            data = json.loads(content)
+        except (ValueError, RecursionError) as exc:
             raise SessionFileError(f"is not JSON ({exc})", file=path, remedy="give a file written by /save") from exc
         params = _params_from_dict(data.get("params") if isinstance(data, dict) else None, path)
         self.session.load_dict(data)
@@ -229,19 +241,24 @@ def _shown_names() -> list[str]:
     return list(seen.values())
 
 
+def _unescape(text: str) -> str:
+    """Backslash escapes for line break, tab and backslash."""
+    return re.sub(r"\\[nt\\]", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[0][1]], text)
+
+
 def _short(text: str, width: int = 60) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def _first_word(text: str) -> tuple[str, str]:
-    """The first word, quotes respected, and the rest."""
+    """The first word, quotes respected, and the rest, of which line breaks stay."""
     if text[:1] in ("'", '"'):
         end = text.find(text[0], 1)
         if end > 0:
             return text[1:end], text[end + 1 :].strip()
-    word, _, rest = text.partition(" ")
-    return word, rest.strip()
+    words = text.split(None, 1)
+    return (words[0] if words else ""), (words[1].strip() if len(words) > 1 else "")
 
 
 def _path(text: str, usage: str) -> Path:
@@ -252,7 +269,10 @@ def _path(text: str, usage: str) -> Path:
             text = " ".join(shlex.split(text))
         except ValueError:
             raise InvalidRequestError(f"{text} has an open quote", remedy=usage) from None
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as exc:  # no such ~user
+        raise InvalidRequestError(str(exc), file=text, remedy=usage) from exc
 
 
 def _params_as_dict(params: SamplingParams) -> dict[str, Any]:

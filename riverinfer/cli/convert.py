@@ -13,5 +13,7 @@ def run(args: argparse.Namespace) -> int:
     from riverinfer.weights_convert import convert
 
     report = convert(args.src, args.dst, dtype=args.dtype, progress=ConsoleProgress())
-    print(report, file=sys.stdout)
+    print(report)
+    for note in report.notes:
+        print(f"riverinfer: note: {' '.join(note.split())}", file=sys.stderr)
     return 0

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from riverinfer.cli.setup import given_prompt, load_engine, make_session, sampling_params
+from riverinfer.cli.setup import check_flags, given_prompt, load_engine, make_session, recommended, sampling_params
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         prompt = sys.stdin.read()
     if not prompt:
         raise InvalidRequestError("the prompt is empty", remedy="give at least one character")
+    check_flags(args)
     with load_engine(args) as engine:
         return _generate(args, engine, prompt)
 
@@ -36,12 +37,12 @@ def run(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace, engine: Engine, prompt: str) -> int:
     from riverinfer.outputs import Output
 
-    params = sampling_params(args, engine)
+    params = sampling_params(args, recommended(args, engine))
     session = make_session(args, engine, template_optional=True)
     output = Output()
     error: RiverinferError | None = None
     if session.template is None:
-        text = (session.system or "") + prompt
+        text = f"{session.system}\n\n{prompt}" if session.system else prompt
         steps = engine.stream(text, params, output=output)
     else:
         steps = session.send(prompt, params, output=output)

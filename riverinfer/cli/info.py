@@ -32,8 +32,9 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     from riverinfer.checkpoint import Checkpoint
     from riverinfer.engine import effective_ctx_size
     from riverinfer.generation_config import load_generation_config
-    from riverinfer.kv_arena import gib
     from riverinfer.loader import check_finite, resolve_device, resolve_dtype
+    from riverinfer.memory import gib
+    from riverinfer.sampling import check_integer
     from riverinfer.tokenizer import Tokenizer
 
     checkpoint = Checkpoint.open(folder)
@@ -44,6 +45,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     dtype = resolve_dtype(args.dtype, checkpoint.stored_dtype, device)
     if args.check:
         check_finite(checkpoint)
+    check_integer("ctx_size", args.ctx_size, 0)
     context = effective_ctx_size(args.ctx_size, config.context_limit)
     weights = checkpoint.parameters * dtype.itemsize
     kv = context * config.kv_bytes_per_token(dtype.itemsize)
@@ -72,7 +74,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "context": f"{context} of {config.context_limit} positions",
         "dtype": f"{_name(dtype)} on {device} (stored as {_name(checkpoint.stored_dtype)})",
         "weights": _size(weights, gib),
-        "kv_cache": _size(kv, gib, f"{gib(kv // context)} a token"),
+        "kv_cache": _size(kv, gib, f"one sequence, {gib(kv // context)} a token"),
         "total": _size(weights + kv, gib),
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size} ids",
         "chat_template": ", ".join(templates) if templates else "none",

@@ -48,11 +48,25 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
     )
 
 
-def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
-    """Flags over the model's recommended values. The seed is drawn here, so that it can be shown."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse bad sampling values and unreadable files before a model is loaded."""
+    sampling_params(args, {})
+    if args.chat_template is not None:
+        read_text(args.chat_template)
+    _system_prompt(args)
+
+
+def recommended(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+    """The model's recommended sampling values that no flag replaces; none if the flags say so."""
+    if args.generation_config == "none":
+        return {}
+    return {k: v for k, v in engine.generation_config.sampling.items() if getattr(args, k) is None}
+
+
+def sampling_params(args: argparse.Namespace, recommended: dict[str, Any]) -> SamplingParams:
+    """Flags over the recommended values. The seed is drawn here, so that it can be shown."""
     from riverinfer.sampling import SamplingParams
 
-    recommended = {} if args.generation_config == "none" else engine.generation_config.sampling
     chosen: dict[str, Any] = dict(recommended)
     for name in SAMPLING_FLAGS:
         if getattr(args, name) is not None:
@@ -72,24 +86,28 @@ def make_session(args: argparse.Namespace, engine: Engine, *, template_optional:
 
     ``template_optional``: a model without a chat template gets bare text instead of an error.
     """
-    system = args.system_prompt
-    if args.system_prompt_file is not None:
-        if system is not None:
-            raise InvalidRequestError(
-                "--system-prompt and --system-prompt-file exclude each other", remedy="give one of them"
-            )
-        system = read_text(args.system_prompt_file)
     use_template = not args.no_chat_template
     if use_template and template_optional and args.chat_template is None:
         from riverinfer.chat_template import load_templates
 
         use_template = bool(load_templates(engine.model_dir))
     return engine.session(
-        system=system,
+        system=_system_prompt(args),
         chat_template=None if args.chat_template is None else read_text(args.chat_template),
+        template_name=args.chat_template_name,
         use_template=use_template,
         template_kwargs=args.chat_template_kwargs,
     )
+
+
+def _system_prompt(args: argparse.Namespace) -> str | None:
+    if args.system_prompt_file is None:
+        return args.system_prompt
+    if args.system_prompt is not None:
+        raise InvalidRequestError(
+            "--system-prompt and --system-prompt-file exclude each other", remedy="give one of them"
+        )
+    return read_text(args.system_prompt_file)
 
 
 def given_prompt(args: argparse.Namespace) -> str | None:
@@ -105,14 +123,15 @@ def read_text(path: Path) -> str:
     """A UTF-8 text file. Raises InvalidRequestError naming it."""
     try:
         return path.expanduser().read_text(encoding="utf-8")
-    except OSError as exc:
-        raise InvalidRequestError(f"cannot be read ({exc.strerror})", file=path, remedy="check the path") from exc
     except UnicodeDecodeError as exc:
         raise InvalidRequestError("is not UTF-8 text", file=path, remedy="give a text file") from exc
+    except (OSError, RuntimeError, ValueError) as exc:  # no such file, no such ~user, a null byte
+        reason = getattr(exc, "strerror", None) or exc
+        raise InvalidRequestError(f"cannot be read ({reason})", file=path, remedy="check the path") from exc
 
 
-def describe_params(params: SamplingParams, engine: Engine | None = None) -> str:
-    """One line for people: the sampling in force and, if from the model's files, whence."""
+def describe_params(params: SamplingParams, taken: dict[str, Any] | None = None, origin: str | None = None) -> str:
+    """One line for people: the sampling in force, and which values were ``taken`` from the model's files."""
     parts = []
     if params.temperature == 0:
         parts.append("greedy")
@@ -125,10 +144,7 @@ def describe_params(params: SamplingParams, engine: Engine | None = None) -> str
     parts += [f"max-tokens {params.max_tokens}"] if params.max_tokens else []
     parts += [f"stop {stop!r}" for stop in params.stop]
     parts += ["ignore-eos"] if params.ignore_eos else []
-    parts.append(f"seed {params.seed}")
-    line = " · ".join(parts)
-    config = engine.generation_config if engine else None
-    taken = [name for name, value in (config.sampling.items() if config else ()) if getattr(params, name) == value]
-    if taken and config:
-        line += f" ({', '.join(taken)} from {config.origin}; --generation-config none ignores it)"
+    line = " · ".join([*parts, f"seed {params.seed}"])
+    if taken:
+        line += f" ({', '.join(taken)} from {origin}; --generation-config none ignores it)"
     return line

@@ -100,6 +100,7 @@ class EditorTerminal(PipeTerminal):
         text = text.replace("\r\n", "\n")
         if text.startswith(_BLOCK) and text.rstrip().endswith(_BLOCK) and len(text.strip()) >= 2 * len(_BLOCK):
             text = text.strip()[len(_BLOCK) : -len(_BLOCK)].strip("\n")
+            return "/" + text if text.startswith("/") else text  # quoted, so it is a message
         return text
 
 
