@@ -20,6 +20,7 @@ class Linear(Protocol):
     out_features: int
     in_features: int
     weight_bytes: int
+    bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] to [T, N] in x's dtype."""

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from riverinfer.checkpoint import Checkpoint
+from riverinfer.decode import Trace
 from riverinfer.detokenizer import StreamingDetokenizer
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
+from riverinfer.gates import Gate
 from riverinfer.generation_config import GenerationConfig, load_generation_config
 from riverinfer.kv_arena import KVArena
 from riverinfer.loader import load_model, resolve_device, resolve_dtype
@@ -24,6 +26,7 @@ from riverinfer.memory import require_memory
 from riverinfer.model import Model
 from riverinfer.outputs import Output, Step
 from riverinfer.progress import Progress
+from riverinfer.river import RiverOptions, attach_river
 from riverinfer.sampling import Sampler, SamplingParams, check_integer
 from riverinfer.sequence import SlotPool, TokenSequence, closed_error
 from riverinfer.stop_strings import StopStrings
@@ -32,7 +35,7 @@ from riverinfer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from riverinfer.session import ChatSession
 
-MODES = ("exact",)
+MODES = ("exact", "river")
 DEFAULT_CTX_SIZE = 4096
 MAX_THREADS = 1024
 
@@ -51,6 +54,7 @@ class Engine:
         generation_config: GenerationConfig,
         arena: KVArena,
         mode: str,
+        river_options: RiverOptions | None = None,
     ) -> None:
         self.model_dir = model_dir
         self.model = model
@@ -58,6 +62,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.mode = mode
+        self.river_options = river_options or RiverOptions()
         self.ctx_size = arena.ctx_size
         self.slots = SlotPool(arena)
         self._arena: KVArena | None = arena
@@ -76,6 +81,12 @@ class Engine:
         threads: int | None = None,
         check: bool = False,
         progress: Progress | None = None,
+        tau: float | Sequence[float] = 0.5,
+        min_depth: int = 1,
+        gate: str = "similarity",
+        prefill: str = "exact",
+        river_bits: int = 4,
+        river_group: int = 64,
     ) -> Engine:
         """Load a model folder.
 
@@ -83,7 +94,10 @@ class Engine:
         ctx_size: positions of one sequence, prompt and answer together; 0 takes the model's own limit, and more than
             that limit is capped to it (``engine.ctx_size`` tells). max_sequences: how many can be live at once; the
             KV arena is allocated for all of them here.
-        mode: "exact", the checkpoint's own computation. threads: CPU threads for torch, process-wide.
+        mode: "exact", the checkpoint's own computation, or "river": tokens leave the backbone early and finish in a
+            quantized copy of its layers, which is made on first use and kept in the cache folder.
+        tau, min_depth, gate, prefill: when tokens leave, see ``RiverOptions``. river_bits, river_group: the copy.
+        threads: CPU threads for torch, process-wide.
         check: refuse weights that are NaN or infinite. progress: called while weights are read.
 
         Raises ModelNotFoundError, ConfigError, UnsupportedModelError, WeightsError, TokenizerError,
@@ -91,6 +105,7 @@ class Engine:
         """
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
+        options = RiverOptions(tau=tau, min_depth=min_depth, gate=gate, prefill=prefill)
         check_integer("ctx_size", ctx_size, 0)
         check_integer("max_sequences", max_sequences, 1)
         if threads is not None:
@@ -119,7 +134,13 @@ class Engine:
         arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
         model = load_model(checkpoint, device=place, dtype=kind, check=check, progress=progress)
         model.rope.reserve(positions)
-        return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode)
+        if mode == "river":
+            from riverinfer.weights_convert.river_artifact import RiverSettings, build_river, open_river
+
+            settings = RiverSettings(bits=river_bits, group=river_group)
+            build_river(checkpoint, settings, device=place, progress=progress)
+            attach_river(model, open_river(checkpoint, settings))
+        return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
 
     def __enter__(self) -> Engine:
         return self
@@ -153,19 +174,33 @@ class Engine:
         finally:
             self.slots.release(sequence, keep=False)
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        mode: str | None = None,
+        river: RiverOptions | None = None,
+    ) -> Output:
         """Continue ``prompt`` (text, or token ids) to the end.
 
-        Without ``params``, the model's recommended ones. Raises InvalidRequestError, ContextLengthError (its
-        ``output`` holds what had been generated), NoFreeSlotError, EngineClosedError.
+        Without ``params``, the model's recommended ones; without ``mode`` and ``river``, those of ``load``.
+        Raises InvalidRequestError, ContextLengthError (its ``output`` holds what had been generated),
+        NoFreeSlotError, EngineClosedError.
         """
         output = Output()
-        for _ in self.stream(prompt, params, output=output):
+        for _ in self.stream(prompt, params, mode=mode, river=river, output=output):
             pass
         return output
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, output: Output | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        mode: str | None = None,
+        river: RiverOptions | None = None,
+        output: Output | None = None,
     ) -> Iterator[Step]:
         """Like ``generate``, one step a token. Closing the iterator, or dropping it, frees its slot.
 
@@ -174,13 +209,27 @@ class Engine:
         began = time.perf_counter()
         ids = self.encode_prompt(prompt)
         params = (params or self.default_params()).with_seed()
-        return self._stream(ids, params, output if output is not None else Output(), began)
+        options = self.choose_river(mode, river)
+        return self._stream(ids, params, options, output if output is not None else Output(), began)
 
-    def _stream(self, ids: list[int], params: SamplingParams, output: Output, began: float) -> Iterator[Step]:
+    def choose_river(self, mode: str | None, options: RiverOptions | None) -> RiverOptions | None:
+        """The river options of a call, None for exact mode. Raises InvalidRequestError if there is no river."""
+        mode = mode or self.mode
+        if mode not in MODES:
+            raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
+        if mode == "exact":
+            return None
+        if not self.model.river:
+            raise InvalidRequestError("no river is loaded", field="mode", remedy='load the engine with mode="river"')
+        return options or self.river_options
+
+    def _stream(
+        self, ids: list[int], params: SamplingParams, options: RiverOptions | None, output: Output, began: float
+    ) -> Iterator[Step]:
         sequence = TokenSequence(self.model, self.ctx_size)
         try:
             self.slots.acquire(sequence)
-            yield from self.run(sequence, ids, params, output, began=began)
+            yield from self.run(sequence, ids, params, output, began=began, river=options)
         finally:
             self.slots.release(sequence, keep=False)
 
@@ -238,11 +287,19 @@ class Engine:
             )
         return ids
 
-    def extend(self, sequence: TokenSequence, ids: Sequence[int], *, all_logits: bool = False) -> Tensor:
+    def extend(
+        self,
+        sequence: TokenSequence,
+        ids: Sequence[int],
+        *,
+        all_logits: bool = False,
+        gate: Gate | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
         """``sequence.extend`` under the engine's lock: steps of several threads queue."""
         with self._step_lock:
             self._require_open()
-            return sequence.extend(ids, all_logits=all_logits)
+            return sequence.extend(ids, all_logits=all_logits, gate=gate, trace=trace)
 
     def run(
         self,
@@ -252,16 +309,17 @@ class Engine:
         output: Output,
         *,
         began: float,
+        river: RiverOptions | None = None,
         extra_stop_ids: Sequence[int] = (),
     ) -> Iterator[Step]:
-        """Generate after ``ids`` on a sequence that has a slot, reusing what it has cached.
+        """Generate after ``ids`` on a sequence that has a slot, reusing what it has cached. ``river``: None is exact.
 
         Fills ``output`` before each step is yielded. Raises ContextLengthError when the context is full.
         """
         stats = output.stats
         output.prompt_token_ids, output.seed = ids, params.seed
         stats.prompt_tokens = len(ids)
-        stats.cached_tokens = sequence.keep_common(ids)
+        stats.cached_tokens = sequence.keep_common(ids, exact=river is None)
         sampler = Sampler(params, self.tokenizer.vocab_size)
         detokenizer = StreamingDetokenizer(self.tokenizer, prompt_ids=ids)
         stops = StopStrings(params.stop)
@@ -271,7 +329,15 @@ class Engine:
         context = list(ids)
 
         started = time.perf_counter()
-        logits = self.extend(sequence, ids[stats.cached_tokens :])
+        gate, trace = None, Trace()
+        if river is not None:
+            gate = river.make_gate()
+        logits = self.extend(
+            sequence,
+            ids[stats.cached_tokens :],
+            gate=None if river is None else river.make_prefill_gate(),
+            trace=trace,
+        )
         stats.prefill_s = time.perf_counter() - started
         # Time that the caller spends between two steps is not the engine's.
         resumed = time.perf_counter()
@@ -298,7 +364,11 @@ class Engine:
             full = reason is None and len(context) > self.ctx_size
             if (reason or full) and stops.matched is None:
                 text += stops.push(detokenizer.finish()) + stops.finish()
-            step = Step(text, token, sampled.logprob, sampled.top_logprobs, reason)
+            depth = None
+            if river is not None:
+                depth = trace.depth
+                stats.exit_depths[depth] = stats.exit_depths.get(depth, 0) + 1
+            step = Step(text, token, sampled.logprob, sampled.top_logprobs, reason, depth)
             output.add(step)
             yield step
             if reason:
@@ -310,7 +380,7 @@ class Engine:
                     output=output,
                 )
             resumed = time.perf_counter()
-            logits = self.extend(sequence, [token])
+            logits = self.extend(sequence, [token], gate=gate, trace=trace)
 
     def _require_open(self) -> None:
         if self._arena is None:

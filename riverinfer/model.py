@@ -87,7 +87,8 @@ class Model:
     ) -> None:
         self.config = config
         self.embed = embed  # int64 [T] -> float32 [T, H] on device
-        self.layers = layers
+        self.layers = layers  # the backbone
+        self.river: list[DecoderLayer] = []  # the same layers with quantized matrices, once loaded
         self.final_norm = final_norm
         self.head = head
         self.dtype = dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Step:
     logprob: natural log of the model's own probability of the token, before temperature and filters.
     top_logprobs: (token id, logprob) of the most probable tokens, if asked for.
     finish_reason: None until the last step; then "stop" (stop token or string) or "length" (max_tokens).
+    exit_depth: in river mode, how many backbone layers the position that predicted this token passed; else None.
     """
 
     text: str
@@ -20,6 +22,7 @@ class Step:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
+    exit_depth: int | None = None
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Stats:
 
     prompt_tokens includes cached_tokens, the ones whose K and V an earlier turn had left. ttft_s runs from the call
     to the first token, text processing included. decode_s covers the tokens after the first.
+    exit_depths: in river mode, how many tokens were predicted at each depth; empty in exact mode.
     """
 
     prompt_tokens: int = 0
@@ -36,6 +40,13 @@ class Stats:
     ttft_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    exit_depths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def mean_exit_depth(self) -> float | None:
+        """Mean number of backbone layers a token passed; None in exact mode."""
+        total = sum(self.exit_depths.values())
+        return sum(depth * count for depth, count in self.exit_depths.items()) / total if total else None
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -45,8 +56,12 @@ class Stats:
     def decode_tokens_per_s(self) -> float:
         return (self.new_tokens - 1) / self.decode_s if self.decode_s and self.new_tokens > 1 else 0.0
 
-    def as_dict(self) -> dict[str, float | int]:
-        """Every figure by name, rates included."""
+    def as_dict(self) -> dict[str, Any]:
+        """Every figure by name, rates included; those of the river only where it ran."""
+        river: dict[str, Any] = {}
+        if self.exit_depths:
+            river["exit_depths"] = {str(depth): self.exit_depths[depth] for depth in sorted(self.exit_depths)}
+            river["mean_exit_depth"] = self.mean_exit_depth
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -56,6 +71,7 @@ class Stats:
             "decode_s": self.decode_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
+            **river,
         }
 
 
@@ -71,6 +87,7 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
+    exit_depths: list[int] = field(default_factory=list)  # a token each, in river mode
 
     def add(self, step: Step) -> None:
         """Append one step."""
@@ -79,4 +96,6 @@ class Output:
         self.logprobs.append(step.logprob)
         if step.top_logprobs:
             self.top_logprobs.append(step.top_logprobs)
+        if step.exit_depth is not None:
+            self.exit_depths.append(step.exit_depth)
         self.finish_reason = step.finish_reason

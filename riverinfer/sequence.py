@@ -9,8 +9,10 @@ from torch import Tensor
 
 from riverinfer import decode
 from riverinfer.errors import ContextLengthError, EngineClosedError, NoFreeSlotError
+from riverinfer.gates import Gate
 from riverinfer.kv_arena import KVArena
 from riverinfer.model import Model
+from riverinfer.trace import Trace
 
 
 def closed_error() -> EngineClosedError:
@@ -21,13 +23,15 @@ def closed_error() -> EngineClosedError:
 class TokenSequence:
     """Tokens whose K and V are in the cache.
 
-    Invariant: ``tokens[i]`` is what position i of the slot was computed from, for every i. An interrupt leaves a
-    shorter sequence, never a wrong one. Needs a slot (``SlotPool.acquire``) before ``extend``.
+    Invariant: ``tokens[i]`` is what position i of the slot was computed from, for every i, and the first ``exact``
+    positions have the backbone's own K and V on every layer. An interrupt leaves a shorter sequence, never a wrong
+    one. Needs a slot (``SlotPool.acquire``) before ``extend``.
     """
 
     def __init__(self, model: Model, ctx_size: int) -> None:
         self.model, self.ctx_size = model, ctx_size
         self.tokens: list[int] = []
+        self.exact = 0
         self.slot: int | None = None
         self._kv: list[tuple[Tensor, Tensor]] = []
         # Longest length the cached K were computed for; matters to length-dependent rotary scalings only.
@@ -36,7 +40,7 @@ class TokenSequence:
     def bind(self, slot: int | None, kv: list[tuple[Tensor, Tensor]]) -> None:
         """Take or lose a slot; what was cached is gone either way."""
         self.slot, self._kv = slot, kv
-        self.tokens, self._rope_len = [], 0
+        self._forget()
 
     def truncate(self, length: int) -> None:
         """Roll back to the first ``length`` tokens. No memory is touched."""
@@ -45,14 +49,21 @@ class TokenSequence:
         if self.model.rope.length_dependent and self.model.rope.scaled_by_length(self._rope_len):
             length = 0  # K of early positions carries the frequencies of the longer sequence
         del self.tokens[length:]
+        self.exact = min(self.exact, length)
         if not length:
             self._rope_len = 0
 
-    def keep_common(self, ids: Sequence[int]) -> int:
+    def _forget(self) -> None:
+        self.tokens, self.exact, self._rope_len = [], 0, 0
+
+    def keep_common(self, ids: Sequence[int], *, exact: bool = False) -> int:
         """Roll back to the longest common beginning with ``ids``, at least one of which stays to be computed.
 
-        Returns how many of ``ids`` are served from the cache.
+        With ``exact`` only positions that the backbone computed count. Returns how many of ``ids`` are served from
+        the cache.
         """
+        if exact:
+            self.truncate(self.exact)
         rope = self.model.rope
         if self.tokens and rope.regime(len(ids)) != rope.regime(self._rope_len):
             self.truncate(0)
@@ -70,8 +81,13 @@ class TokenSequence:
         *,
         all_logits: bool = False,
         on_chunk: Callable[[int], None] | None = None,
+        gate: Gate | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """Append ``ids``, computing their K and V: float32 logits [1, vocab] after the last (all: [T, vocab]).
+
+        ``gate`` (None: stay in the backbone) and ``trace`` are those of ``decode.walk``; the trace of several ids is
+        that of the last chunk.
 
         Raises ContextLengthError, leaving the sequence as it was, when they do not fit.
         """
@@ -84,22 +100,32 @@ class TokenSequence:
         rope = self.model.rope
         if start and rope.regime(end) != rope.regime(self._rope_len):
             # Crossing the short/long border of longrope: every cached K needs the other frequencies.
-            ids, start, self.tokens, self._rope_len = [*self.tokens, *ids], 0, [], 0
+            ids, start, gate = [*self.tokens, *ids], 0, None
+            self._forget()
+        trace = trace or Trace()
         if len(ids) == 1:
-            logits = decode.decode_one(self.model, ids[0], start, self._kv)
-            self.tokens.append(ids[0])
+            logits = decode.decode_one(self.model, ids[0], start, self._kv, gate=gate, trace=trace)
+            self._append(ids, trace)
         else:
             base = len(self.tokens)
 
             def chunk_done(count: int) -> None:
-                self.tokens.extend(ids[len(self.tokens) - base : count])
+                self._append(ids[len(self.tokens) - base : count], trace)
                 self._rope_len = max(self._rope_len, end)
                 if on_chunk is not None:
                     on_chunk(count)
 
-            logits = decode.prefill(self.model, ids, start, self._kv, all_logits=all_logits, on_chunk=chunk_done)
+            logits = decode.prefill(
+                self.model, ids, start, self._kv, all_logits=all_logits, on_chunk=chunk_done, gate=gate, trace=trace
+            )
         self._rope_len = max(self._rope_len, end)
         return logits
+
+    def _append(self, ids: Sequence[int], trace: Trace) -> None:
+        """Note ids whose K and V are complete; they are exact if all before them are and no layer was the river's."""
+        if self.exact == len(self.tokens) and trace.depth == len(self.model.layers):
+            self.exact += len(ids)
+        self.tokens.extend(ids)
 
 
 class SlotPool:

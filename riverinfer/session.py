@@ -20,6 +20,7 @@ from riverinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from riverinfer.engine import Engine
+    from riverinfer.river import RiverOptions
 
 FILE_VERSION = 1
 ROLES = ("system", "user", "assistant", "tool")
@@ -107,20 +108,31 @@ class ChatSession:
             self._stop_current()
             self.messages = checked
 
-    def send(self, text: str, params: SamplingParams | None = None, *, output: Output | None = None) -> Iterator[Step]:
+    def send(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        *,
+        mode: str | None = None,
+        river: RiverOptions | None = None,
+        output: Output | None = None,
+    ) -> Iterator[Step]:
         """Answer ``text``, one step a token (a step's text may be empty until a character is whole).
 
         Stopping early keeps what was said, as the assistant's message and in the cache. A turn that fails before its
         first token leaves the conversation as it was. Raises InvalidRequestError, ContextLengthError,
-        ChatTemplateError, EngineClosedError. ``output`` is filled along the way (``last_output`` holds it afterwards).
+        ChatTemplateError, EngineClosedError. ``mode`` and ``river`` are those of ``Engine.generate``; ``output`` is
+        filled along the way (``last_output`` holds it afterwards).
         """
         if not text:
             raise InvalidRequestError("the message is empty", remedy="say something")
         with self._lock:
             self._stop_current()
-            return self._answer([*self.messages, {"role": "user", "content": text}], params, output)
+            return self._answer([*self.messages, {"role": "user", "content": text}], params, mode, river, output)
 
-    def regenerate(self, params: SamplingParams | None = None) -> Iterator[Step]:
+    def regenerate(
+        self, params: SamplingParams | None = None, *, mode: str | None = None, river: RiverOptions | None = None
+    ) -> Iterator[Step]:
         """Answer the last user message again; the answer it had is dropped once the new one begins."""
         with self._lock:
             self._stop_current()
@@ -129,7 +141,7 @@ class ChatSession:
                 messages.pop()
             if not messages or messages[-1]["role"] != "user":
                 raise InvalidRequestError("there is no message to answer again", remedy="send one first")
-            return self._answer(messages, params, None)
+            return self._answer(messages, params, mode, river, None)
 
     def undo(self) -> str | None:
         """Take back the last user message and everything after it; returns its text, None if there is none."""
@@ -183,14 +195,20 @@ class ChatSession:
             raise SessionFileError(exc.problem, field="messages", remedy=exc.remedy) from exc
 
     def _answer(
-        self, messages: list[dict[str, str]], params: SamplingParams | None, output: Output | None
+        self,
+        messages: list[dict[str, str]],
+        params: SamplingParams | None,
+        mode: str | None,
+        river: RiverOptions | None,
+        output: Output | None,
     ) -> Iterator[Step]:
         began = time.perf_counter()
         text = self.prompt_text(messages)
         ids = self.engine.check_ids(self._encode(text))
         params = (params or self.engine.default_params()).with_seed()
         output = output if output is not None else Output()
-        generator = self._run(messages, text, ids, params, output, began)
+        options = self.engine.choose_river(mode, river)
+        generator = self._run(messages, text, ids, params, options, output, began)
         self._current, self._owner = weakref.ref(generator), threading.get_ident()
         return generator
 
@@ -200,6 +218,7 @@ class ChatSession:
         text: str,
         ids: list[int],
         params: SamplingParams,
+        river: RiverOptions | None,
         output: Output,
         began: float,
     ) -> Generator[Step, None, None]:
@@ -207,7 +226,7 @@ class ChatSession:
         try:
             engine.slots.acquire(self._sequence)
             extra = () if engine.tokenizer.eos_token_id is None else (engine.tokenizer.eos_token_id,)
-            yield from engine.run(self._sequence, ids, params, output, began=began, extra_stop_ids=extra)
+            yield from engine.run(self._sequence, ids, params, output, began=began, river=river, extra_stop_ids=extra)
         finally:
             engine.slots.release(self._sequence, keep=True)
             if output.token_ids:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from riverinfer.decode import prefill, walk
 from riverinfer.model import Model
+from riverinfer.trace import Trace
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -23,10 +24,11 @@ def model(golden: Golden) -> Model:
 
 def run(model: Model, ids: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """(logits [T, V], residual stream [L + 1, T, H], cache) of one pass."""
-    cache, states = make_cache(model, len(ids)), []
+    cache, trace = make_cache(model, len(ids)), Trace.full()
     with torch.inference_mode():
-        logits = model.logits(walk(model, ids, 0, cache, states=states))
-    return logits, torch.stack(states).float(), cache
+        logits = model.logits(walk(model, ids, 0, cache, trace=trace))
+    assert trace.states is not None
+    return logits, torch.stack(trace.states), cache
 
 
 def relative(got: Tensor, want: Tensor) -> float:

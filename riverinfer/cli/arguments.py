@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat = _command(commands, "chat", "chat with a model in the terminal, or one message a line through a pipe")
     _model(chat)
     _runtime(chat)
+    _river(chat)
     _sampling(chat)
     _template(chat)
     _prompt(chat)
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = _command(commands, "generate", "answer or continue one prompt and exit")
     _model(generate)
     _runtime(generate)
+    _river(generate)
     _sampling(generate)
     _template(generate)
     _prompt(generate)
@@ -71,6 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the result (default: by source)"
     )
+
+    river = _command(commands, "river", "make, list or remove the quantized copies that river mode uses")
+    river.add_argument("action", choices=("build", "info", "rm"))
+    _model(river)
+    river.add_argument("--bits", "--river-bits", type=int, choices=(4, 8), default=4, help="bits a weight (default: 4)")
+    river.add_argument("--group", "--river-group", type=int, default=64, metavar="G", help="weights a scale")
+    river.add_argument("--method", choices=("hqq", "rtn"), default="hqq", help="quantizer (default: hqq)")
 
     info = _command(commands, "info", "say what would be loaded, without loading it")
     _model(info)
@@ -115,7 +124,12 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 def _runtime(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument("--mode", choices=("exact",), default="exact", help="how tokens are computed (default: exact)")
+    group.add_argument(
+        "--mode",
+        choices=("exact", "river"),
+        default="exact",
+        help="exact: the checkpoint's own computation; river: tokens exit early into a quantized copy (default: exact)",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: auto)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
@@ -123,6 +137,20 @@ def _runtime(parser: argparse.ArgumentParser) -> None:
         "-c", "--ctx-size", type=int, default=4096, metavar="N", help="positions of context, 0 = the model's own"
     )
     group.add_argument("--check", action="store_true", help="refuse weights that are NaN or infinite")
+
+
+def _river(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("river mode")
+    group.add_argument("--tau", type=float, default=0.5, metavar="T", help="exit above this similarity (default: 0.5)")
+    group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
+    group.add_argument(
+        "--gate",
+        choices=("similarity", "fixed", "never", "always"),
+        default="similarity",
+        help="when tokens exit; fixed: after --min-depth layers (default: similarity)",
+    )
+    group.add_argument("--river-bits", type=int, choices=(4, 8), default=4, help="bits a weight (default: 4)")
+    group.add_argument("--river-group", type=int, default=64, metavar="G", help="weights a scale (default: 64)")
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:

@@ -76,6 +76,8 @@ def _as_json(engine: Engine, output: Output, logprobs: int | None, error: Riveri
         "seed": output.seed,
         "stats": output.stats.as_dict(),
     }
+    if output.exit_depths:
+        result["exit_depths"] = output.exit_depths
     if logprobs is not None:
         name = engine.tokenizer.token_text
         tops = output.top_logprobs or [()] * len(output.token_ids)
@@ -100,4 +102,6 @@ def format_stats(output: Output) -> str:
     parts = [f"prompt {stats.prompt_tokens} tokens{cached}", f"first token {stats.ttft_s * 1000:.0f} ms"]
     rate = f" at {stats.decode_tokens_per_s:.1f} tokens/s" if stats.decode_tokens_per_s else ""
     parts.append(f"{stats.new_tokens} tokens{rate}")
+    if stats.mean_exit_depth is not None:
+        parts.append(f"mean exit depth {stats.mean_exit_depth:.1f}")
     return " · ".join(parts)

@@ -14,7 +14,6 @@ from importlib import import_module
 from riverinfer.cli.arguments import parse_arguments
 from riverinfer.errors import RiverinferError, RiverinferWarning
 
-COMMANDS = ("chat", "generate", "convert", "info")
 INTERRUPTED = 130
 
 

@@ -45,12 +45,20 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
         threads=args.threads,
         check=args.check,
         progress=ConsoleProgress(quiet_s=1.0),
+        tau=args.tau,
+        min_depth=args.min_depth,
+        gate=args.gate,
+        river_bits=args.river_bits,
+        river_group=args.river_group,
     )
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse bad sampling values and unreadable files before a model is loaded."""
+    from riverinfer.river import RiverOptions
+
     sampling_params(args, {})
+    RiverOptions(tau=args.tau, min_depth=args.min_depth, gate=args.gate)
     if args.chat_template is not None:
         read_text(args.chat_template)
     _system_prompt(args)

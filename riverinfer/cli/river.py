@@ -1,0 +1,96 @@
+"""``riverinfer river build|info|rm``: the quantized copies of models' linears in the cache."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from riverinfer.errors import InvalidRequestError
+from riverinfer.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from riverinfer.checkpoint import Checkpoint
+    from riverinfer.weights_convert.river_artifact import RiverSettings
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``args.action``. ``build`` without a folder takes the demo model; ``info`` and ``rm`` then take all."""
+    actions = {"build": _build, "info": _info, "rm": _remove}
+    if args.action not in actions:
+        raise InvalidRequestError(f"unknown action {args.action!r}", remedy=f"use {', '.join(actions)}")
+    return actions[args.action](args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from riverinfer.checkpoint import Checkpoint
+    from riverinfer.cli.setup import model_dir
+    from riverinfer.loader import resolve_device
+    from riverinfer.weights_convert.river_artifact import build_river, open_river
+
+    settings = _settings(args)
+    checkpoint = Checkpoint.open(model_dir(args))
+    device = resolve_device(getattr(args, "device", None) or "auto")
+    began = time.monotonic()
+    path = build_river(checkpoint, settings, device=device, progress=ConsoleProgress())
+    seconds = time.monotonic() - began
+    river = open_river(checkpoint, settings)
+    weights = river.weights
+    print(f"path             {path}")
+    print(f"size             {_size(path.stat().st_size)}")
+    print(f"seconds          {seconds:.1f}")
+    print(
+        f"bits per weight  {8 * river.nbytes / weights:.2f} (scales and offsets included, {weights / 1e6:.1f}M weights)"
+    )
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from riverinfer.errors import WeightsError
+    from riverinfer.weights_convert.river_artifact import list_rivers, open_river
+
+    checkpoint = _checkpoint(args)
+    rivers = list_rivers(checkpoint)
+    if not rivers:
+        print("no rivers" if checkpoint is None else f"no river of {args.model_dir}")
+    for info in rivers:
+        state = info.problem and f"unreadable: {info.problem}"
+        if checkpoint is not None and info.settings is not None:
+            try:
+                open_river(checkpoint, info.settings)
+                state = "valid"
+            except WeightsError as exc:
+                state = exc.problem
+        settings = "?" if info.settings is None else str(info.settings)
+        print(f"{info.path}\n  {settings}, {_size(info.nbytes)}, of {info.source_folder or '?'}")
+        if state:
+            print(f"  {state}")
+    return 0
+
+
+def _remove(args: argparse.Namespace) -> int:
+    from riverinfer.weights_convert.river_artifact import remove_rivers
+
+    count = remove_rivers(_checkpoint(args))
+    print(f"removed {count} river{'' if count == 1 else 's'}")
+    return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> Checkpoint | None:
+    if args.model_dir is None:
+        return None
+    from riverinfer.checkpoint import Checkpoint
+
+    return Checkpoint.open(args.model_dir)
+
+
+def _settings(args: argparse.Namespace) -> RiverSettings:
+    """The flags over the defaults; a flag that is None was not given."""
+    from riverinfer.weights_convert.river_artifact import RiverSettings
+
+    given = {name: getattr(args, name, None) for name in ("bits", "group", "method")}
+    return RiverSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
