@@ -40,18 +40,23 @@ class CpuInt4Linear:
 
 
 class CpuInt8Linear:
-    """torch's ``_weight_int8pack_mm``: bfloat16 activations, 8-bit weights with one scale a row and no offset."""
+    """torch's ``_weight_int8pack_mm``: bfloat16 activations, 8-bit weights with one scale and offset a row.
 
-    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    The offset of a row meets the sum of x, which is taken in float32.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = q.shape
         self._weight = (q.int() - 128).to(torch.int8)
         self._scales = scale.view(-1).to(torch.bfloat16)
+        self._offset = offset.view(1, -1).float()  # [1, N]
         self.bias = bias
-        self.weight_bytes = self._weight.nbytes + self._scales.nbytes
+        self.weight_bytes = self._weight.nbytes + self._scales.nbytes + offset.nbytes
         self._linear = torch.ops.aten._weight_int8pack_mm.default
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._linear(x, self._weight, self._scales)
+        y = (y + x.sum(-1, keepdim=True, dtype=torch.float32) * self._offset).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -78,11 +83,26 @@ def _int8_works() -> bool:
     scale = torch.rand(32, 1, generator=generator).bfloat16()
     x = torch.randn(3, 64, generator=generator).bfloat16()
     try:
-        got = CpuInt8Linear(q, scale)(x)
+        got = CpuInt8Linear(q, scale, torch.zeros_like(scale))(x)
     except (AttributeError, RuntimeError):
         return False
     want = x.float() @ dequantize(q, scale, torch.zeros_like(scale), 8).T
     return bool(torch.allclose(got.float(), want, rtol=2e-2, atol=2e-2 * float(want.abs().max())))
+
+
+def _packed(rows: int, columns: int, bits: int, group: int, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    if bits == 4:
+        return rows % 16 == 0 and _int4_works(group)
+    return group in (0, columns) and _int8_works()
+
+
+def quantized_bytes(rows: int, columns: int, bits: int, group: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that ``make_quantized_linear`` will hold for an [N, K] matrix; group 0 is one per row."""
+    if not _packed(rows, columns, bits, group, dtype, device):
+        return rows * columns * dtype.itemsize
+    return rows * columns * bits // 8 + rows * (columns // group if group else 1) * 4
 
 
 def make_quantized_linear(
@@ -93,10 +113,7 @@ def make_quantized_linear(
     q uint8 [N, K]; scale and offset bfloat16 [N, K / group]. Without a packed kernel for the case the matrix is
     dequantized to ``dtype``: right, but no smaller or faster than the backbone's.
     """
-    packed = q.device.type == "cpu" and dtype == torch.bfloat16
-    group = q.shape[1] // scale.shape[1]
-    if packed and bits == 4 and q.shape[0] % 16 == 0 and _int4_works(group):
-        return CpuInt4Linear(q, scale, offset, bias)
-    if packed and bits == 8 and scale.shape[1] == 1 and not bool(offset.any()) and _int8_works():
-        return CpuInt8Linear(q, scale, bias)
+    rows, columns = q.shape
+    if _packed(rows, columns, bits, columns // scale.shape[1], dtype, q.device):
+        return CpuInt4Linear(q, scale, offset, bias) if bits == 4 else CpuInt8Linear(q, scale, offset, bias)
     return make_linear(dequantize(q, scale, offset, bits).to(dtype), bias)

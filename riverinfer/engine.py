@@ -20,6 +20,7 @@ from riverinfer.detokenizer import StreamingDetokenizer
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
 from riverinfer.gates import Gate
 from riverinfer.generation_config import GenerationConfig, load_generation_config
+from riverinfer.kernels.quantized_linear import quantized_bytes
 from riverinfer.kv_arena import KVArena
 from riverinfer.loader import load_model, resolve_device, resolve_dtype
 from riverinfer.memory import require_memory
@@ -31,6 +32,8 @@ from riverinfer.sampling import Sampler, SamplingParams, check_integer
 from riverinfer.sequence import SlotPool, TokenSequence, closed_error
 from riverinfer.stop_strings import StopStrings
 from riverinfer.tokenizer import Tokenizer
+from riverinfer.weights_convert.quantize import check_shape
+from riverinfer.weights_convert.river_artifact import RiverSettings, find_river, linear_shapes
 
 if TYPE_CHECKING:
     from riverinfer.session import ChatSession
@@ -95,7 +98,8 @@ class Engine:
             that limit is capped to it (``engine.ctx_size`` tells). max_sequences: how many can be live at once; the
             KV arena is allocated for all of them here.
         mode: "exact", the checkpoint's own computation, or "river": tokens leave the backbone early and finish in a
-            quantized copy of its layers, which is made on first use and kept in the cache folder.
+            quantized copy of its layers, which is made on first use and kept in the cache folder. The copy is small
+            and fast where a packed kernel reads it: on a CPU in bfloat16. Elsewhere it is dequantized for now.
         tau, min_depth, gate, prefill: when tokens leave, see ``RiverOptions``. river_bits, river_group: the copy.
         threads: CPU threads for torch, process-wide.
         check: refuse weights that are NaN or infinite. progress: called while weights are read.
@@ -106,6 +110,7 @@ class Engine:
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
         options = RiverOptions(tau=tau, min_depth=min_depth, gate=gate, prefill=prefill)
+        settings = RiverSettings(bits=river_bits, group=river_group)
         check_integer("ctx_size", ctx_size, 0)
         check_integer("max_sequences", max_sequences, 1)
         if threads is not None:
@@ -117,6 +122,15 @@ class Engine:
         generation_config = load_generation_config(checkpoint.model_dir, config)
         place = resolve_device(device)
         kind = resolve_dtype(dtype, checkpoint.stored_dtype, place)
+        river_bytes = 0
+        if mode == "river":
+            if min_depth > config.num_layers:
+                raise InvalidRequestError(
+                    f"is {min_depth}, the model has {config.num_layers} layers", field="min_depth", remedy="lower it"
+                )
+            for rows, columns in linear_shapes(config).values():
+                check_shape((rows, columns), river_bits, river_group)
+                river_bytes += config.num_layers * quantized_bytes(rows, columns, river_bits, river_group, kind, place)
         positions = effective_ctx_size(ctx_size, config.context_limit)
         if ctx_size > positions and ctx_size != DEFAULT_CTX_SIZE:
             warnings.warn(
@@ -126,7 +140,7 @@ class Engine:
             )
         require_memory(
             place,
-            weights=checkpoint.parameters * kind.itemsize,
+            weights=checkpoint.parameters * kind.itemsize + river_bytes,
             slots=max_sequences,
             ctx_size=positions,
             bytes_per_token=config.kv_bytes_per_token(kind.itemsize),
@@ -135,11 +149,7 @@ class Engine:
         model = load_model(checkpoint, device=place, dtype=kind, check=check, progress=progress)
         model.rope.reserve(positions)
         if mode == "river":
-            from riverinfer.weights_convert.river_artifact import RiverSettings, build_river, open_river
-
-            settings = RiverSettings(bits=river_bits, group=river_group)
-            build_river(checkpoint, settings, device=place, progress=progress)
-            attach_river(model, open_river(checkpoint, settings))
+            attach_river(model, find_river(checkpoint, settings, device=place, progress=progress))
         return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
 
     def __enter__(self) -> Engine:
@@ -154,6 +164,7 @@ class Engine:
             self._arena = None
             self.slots.close()
             self.model.layers.clear()
+            self.model.river.clear()
             self.model.head = self.model.embed = None  # type: ignore[assignment]
 
     @property
@@ -218,6 +229,8 @@ class Engine:
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
         if mode == "exact":
+            if options is not None:
+                raise InvalidRequestError("has no effect in exact mode", field="river", remedy='give mode="river" too')
             return None
         if not self.model.river:
             raise InvalidRequestError("no river is loaded", field="mode", remedy='load the engine with mode="river"')

@@ -42,7 +42,7 @@ class Gate(Protocol):
 
 @dataclass
 class SimilarityGate:
-    """Open when the similarity exceeds ``tau``, a number or one per layer.
+    """Open when the similarity exceeds ``tau``, a number or one per layer (the last one serves all further layers).
 
     min_depth: backbone layers every token passes. max_depth: the gate is forced open there.
     scope: for steps of several tokens (prefill) the similarity of the "last" token or the "min" over all.
@@ -57,8 +57,10 @@ class SimilarityGate:
     not_a_number: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tau, (int, float, list, tuple)):
+            raise InvalidRequestError(f"is {self.tau!r}", field="tau", remedy="give a number, or one per layer")
         taus = [self.tau] if isinstance(self.tau, (int, float)) else list(self.tau)
-        if not taus or not all(isinstance(t, (int, float)) and -1 <= t <= 1 for t in taus):
+        if not taus or not all(isinstance(t, (int, float)) and not isinstance(t, bool) and -1 <= t <= 1 for t in taus):
             raise InvalidRequestError(f"is {self.tau!r}", field="tau", remedy="give a number from -1 to 1")
         check_integer("min_depth", self.min_depth, 0)
         if self.max_depth is not None:

@@ -28,8 +28,9 @@ class RiverOptions:
     tau: similarity above which the similarity gate opens, one number or one per layer, each from -1 to 1.
     min_depth, max_depth: backbone layers that every token passes, and at which the gate is forced open.
     gate: "similarity" (the paper), "fixed" (the first min_depth layers for every token), "never" or "always".
-    prefill: "exact" keeps prompts in the backbone, since every later token reads their K and V; "last" and "min"
-        let the whole prompt exit by the similarity of its last token, or of its least similar one.
+    prefill: "exact" computes what is new of a prompt in the backbone, since every later token reads its K and V;
+        "last" and "min" let each chunk of it exit by the similarity of its last token, or of its least similar one.
+        What a river turn of the same chat left in the cache is reused as it is.
 
     Raises InvalidRequestError for values out of range.
     """

@@ -48,13 +48,15 @@ class TokenSequence:
             return
         if self.model.rope.length_dependent and self.model.rope.scaled_by_length(self._rope_len):
             length = 0  # K of early positions carries the frequencies of the longer sequence
-        del self.tokens[length:]
+        # An interrupt between two lines may leave too low a claim of exactness, never too high a one.
         self.exact = min(self.exact, length)
+        del self.tokens[length:]
         if not length:
             self._rope_len = 0
 
     def _forget(self) -> None:
-        self.tokens, self.exact, self._rope_len = [], 0, 0
+        self.exact = 0
+        self.tokens, self._rope_len = [], 0
 
     def keep_common(self, ids: Sequence[int], *, exact: bool = False) -> int:
         """Roll back to the longest common beginning with ``ids``, at least one of which stays to be computed.
@@ -123,9 +125,10 @@ class TokenSequence:
 
     def _append(self, ids: Sequence[int], trace: Trace) -> None:
         """Note ids whose K and V are complete; they are exact if all before them are and no layer was the river's."""
-        if self.exact == len(self.tokens) and trace.depth == len(self.model.layers):
-            self.exact += len(ids)
+        exact = self.exact == len(self.tokens) and trace.depth == len(self.model.layers)
         self.tokens.extend(ids)
+        if exact:
+            self.exact = len(self.tokens)
 
 
 class SlotPool:

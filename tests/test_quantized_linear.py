@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from riverinfer.kernels.quantized_linear import CpuInt4Linear, CpuInt8Linear, dequantize, make_quantized_linear
+from riverinfer.kernels.quantized_linear import (
+    CpuInt4Linear,
+    CpuInt8Linear,
+    dequantize,
+    make_quantized_linear,
+    quantized_bytes,
+)
 
 
 def quantized(rows: int, columns: int, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +58,6 @@ def test_eight_bits_by_row_and_by_group(tokens: int) -> None:
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     for group in (256, 64):
         q, scale, offset = quantized(48, 256, group, 8)
-        offset = torch.zeros_like(offset) if group == 256 else offset
         linear = make_quantized_linear(q, scale, offset, bits=8, dtype=torch.bfloat16)
         want = x.double() @ definition(q, scale, offset, 8).T
         assert (linear(x).double() - want).abs().max() <= 1.5e-2 * want.abs().max()
@@ -61,8 +66,13 @@ def test_eight_bits_by_row_and_by_group(tokens: int) -> None:
 def test_small_weights_are_read_as_such_where_torch_can() -> None:
     four = make_quantized_linear(*quantized(48, 256, 64, 4), bits=4, dtype=torch.bfloat16)
     q, scale, offset = quantized(48, 256, 256, 8)
-    eight = make_quantized_linear(q, scale, torch.zeros_like(offset), bits=8, dtype=torch.bfloat16)
+    eight = make_quantized_linear(q, scale, offset, bits=8, dtype=torch.bfloat16)
     assert isinstance(four, CpuInt4Linear)
     assert isinstance(eight, CpuInt8Linear)
     assert four.weight_bytes == 48 * 256 // 2 + 2 * 2 * 48 * 4
-    assert eight.weight_bytes == 48 * 256 + 2 * 48
+    assert eight.weight_bytes == 48 * 256 + 4 * 48
+    cpu = torch.device("cpu")
+    assert four.weight_bytes == quantized_bytes(48, 256, 4, 64, torch.bfloat16, cpu)
+    assert eight.weight_bytes == quantized_bytes(48, 256, 8, 0, torch.bfloat16, cpu)
+    assert quantized_bytes(48, 256, 8, 64, torch.bfloat16, cpu) == 48 * 256 * 2
+    assert quantized_bytes(48, 256, 4, 64, torch.float32, cpu) == 48 * 256 * 4

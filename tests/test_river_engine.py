@@ -108,6 +108,31 @@ def test_without_a_river_river_mode_is_refused(llama: Engine) -> None:
         llama.stream(PROMPT, PARAMS, mode="river")
     with pytest.raises(InvalidRequestError, match="unknown mode 'lake'"):
         llama.generate(PROMPT, PARAMS, mode="lake")
+    with pytest.raises(InvalidRequestError, match="river: has no effect in exact mode"):
+        llama.generate(PROMPT, PARAMS, river=RiverOptions())
+
+
+def test_closing_lets_the_river_go_too(cache: Path) -> None:
+    engine = Engine.load(ROOT / "llama", device="cpu", ctx_size=32, mode="river", river_bits=8, river_group=0)
+    model = engine.model
+    assert len(model.river) == 5
+    engine.close()
+    assert model.river == model.layers == []
+
+
+def test_the_river_counts_in_the_memory_check(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, int] = {}
+
+    def remember(_: object, *, weights: int, **__: int) -> None:
+        asked["weights"] = weights
+
+    monkeypatch.setattr("riverinfer.engine.require_memory", remember)
+    sizes = []
+    for mode in ("exact", "river"):
+        Engine.load(ROOT / "llama", device="cpu", dtype="float32", ctx_size=32, mode=mode, river_group=32).close()
+        sizes.append(asked["weights"])
+    linears = 5 * ((64 + 2 * 32) * 64 + 64 * 64 + 2 * 160 * 64 + 64 * 160)
+    assert sizes[1] - sizes[0] == linears * 4
 
 
 @pytest.mark.parametrize(
@@ -117,6 +142,8 @@ def test_without_a_river_river_mode_is_refused(llama: Engine) -> None:
         (["--min-depth", "-1"], "min_depth: is -1"),
         (["--river-group", "128"], "128"),
         (["--river-group", "7"], "7"),
+        (["--river-bits", "4", "--river-group", "0"], "group"),
+        (["--min-depth", "99"], "min_depth: is 99, the model has 5 layers"),
     ],
 )
 def test_bad_flags_are_one_line(
@@ -139,5 +166,7 @@ def test_the_command_line_reports_depths(engine: Engine, cache: Path, capsys: py
     assert "mean exit depth" in capsys.readouterr().err
     assert main(["river", "info", str(ROOT / "llama")]) == 0
     assert "w4g32-hqq" in capsys.readouterr().out
+    assert main(["river", "rm", str(ROOT / "llama"), "--bits", "8"]) == 2
+    assert "rm takes no --bits" in capsys.readouterr().err
     assert main(["river", "rm", str(ROOT / "llama")]) == 0
     assert list((cache / "rivers").iterdir()) == []

@@ -269,6 +269,8 @@ def test_shuffled_depths_follow_their_histogram_and_seed() -> None:
         ({"tau": []}, "tau"),
         ({"tau": [0.5, 2]}, "tau"),
         ({"tau": "x"}, "tau"),
+        ({"tau": None}, "tau"),
+        ({"tau": True}, "tau"),
         ({"min_depth": -1}, "min_depth"),
         ({"min_depth": 4, "max_depth": 3}, "max_depth"),
         ({"gate": "garden"}, "gate"),
@@ -297,3 +299,18 @@ def test_exact_turns_do_not_read_what_the_river_wrote(model: Model) -> None:
     want = prefill(model, wanted, 0, make_cache(model))
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     assert sequence.exact == 7
+
+
+def test_an_interrupted_rollback_claims_no_more_than_is_exact(model: Model) -> None:
+    class Interrupted(list[int]):
+        def __delitem__(self, index: object) -> None:
+            raise KeyboardInterrupt
+
+    sequence = TokenSequence(model, 64)
+    pool = SlotPool(KVArena(model.config, slots=1, ctx_size=64, dtype=model.dtype, device=CPU))
+    pool.acquire(sequence)
+    sequence.extend([9, 10, 11, 12])
+    sequence.tokens = Interrupted(sequence.tokens)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.truncate(2)
+    assert sequence.exact == 2

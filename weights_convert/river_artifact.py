@@ -194,10 +194,29 @@ def open_river(checkpoint: Checkpoint, settings: RiverSettings) -> River:
     return River(path, settings, metadata["source_hash"], shapes)
 
 
+def find_river(
+    checkpoint: Checkpoint,
+    settings: RiverSettings,
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    progress: Progress | None = None,
+) -> River:
+    """The valid river of ``checkpoint``, made if there is none. Nothing is written, or cleaned up, if there is one.
+
+    Raises what ``build_river`` raises.
+    """
+    try:
+        return open_river(checkpoint, settings)
+    except WeightsError:
+        build_river(checkpoint, settings, device=device, progress=progress)
+        return open_river(checkpoint, settings)
+
+
 def list_rivers(checkpoint: Checkpoint | None = None) -> list[RiverInfo]:
     """The rivers in the cache, of one model or of all, by name. Whether the weights still match is not looked at."""
     prefix = "" if checkpoint is None else _model_prefix(checkpoint)
-    return [_describe(path) for path in sorted(_rivers_dir().glob("*.safetensors")) if path.name.startswith(prefix)]
+    files = (path for path in sorted(_rivers_dir().glob("*.safetensors")) if path.is_file())
+    return [_describe(path) for path in files if path.name.startswith(prefix)]
 
 
 def remove_rivers(checkpoint: Checkpoint | None) -> int:

@@ -77,9 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     river = _command(commands, "river", "make, list or remove the quantized copies that river mode uses")
     river.add_argument("action", choices=("build", "info", "rm"))
     _model(river)
-    river.add_argument("--bits", "--river-bits", type=int, choices=(4, 8), default=4, help="bits a weight (default: 4)")
-    river.add_argument("--group", "--river-group", type=int, default=64, metavar="G", help="weights a scale")
-    river.add_argument("--method", choices=("hqq", "rtn"), default="hqq", help="quantizer (default: hqq)")
+    river.add_argument("--bits", "--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
+    river.add_argument("--group", "--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
+    river.add_argument("--method", choices=("hqq", "rtn"), help="quantizer (default: hqq)")
 
     info = _command(commands, "info", "say what would be loaded, without loading it")
     _model(info)
@@ -150,7 +150,7 @@ def _river(parser: argparse.ArgumentParser) -> None:
         help="when tokens exit; fixed: after --min-depth layers (default: similarity)",
     )
     group.add_argument("--river-bits", type=int, choices=(4, 8), default=4, help="bits a weight (default: 4)")
-    group.add_argument("--river-group", type=int, default=64, metavar="G", help="weights a scale (default: 64)")
+    group.add_argument("--river-group", type=int, default=64, metavar="G", help="weights a scale, 0 = a row (8 bits)")
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,10 @@ def run(args: argparse.Namespace) -> int:
     actions = {"build": _build, "info": _info, "rm": _remove}
     if args.action not in actions:
         raise InvalidRequestError(f"unknown action {args.action!r}", remedy=f"use {', '.join(actions)}")
+    if args.action != "build" and any(getattr(args, name) is not None for name in ("bits", "group", "method")):
+        raise InvalidRequestError(
+            f"{args.action} takes no --bits, --group or --method", remedy="leave them out: it covers every river"
+        )
     return actions[args.action](args)
 
 

@@ -56,9 +56,11 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse bad sampling values and unreadable files before a model is loaded."""
     from riverinfer.river import RiverOptions
+    from riverinfer.weights_convert.river_artifact import RiverSettings
 
     sampling_params(args, {})
     RiverOptions(tau=args.tau, min_depth=args.min_depth, gate=args.gate)
+    RiverSettings(bits=args.river_bits, group=args.river_group)
     if args.chat_template is not None:
         read_text(args.chat_template)
     _system_prompt(args)
