@@ -238,7 +238,7 @@ def test_lines_are_messages_unless_they_begin_with_a_slash(commands: Commands) -
 
 def test_help_names_every_command(commands: Commands) -> None:
     text = said(commands, "/help")
-    for name in "help exit clear regen edit undo system set show save load read stats".split():  # noqa: SIM905
+    for name in "help exit clear regen edit undo system set show save load read depth stats".split():  # noqa: SIM905
         assert f"/{name}" in text
         assert f"/{name}" in commands.names
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from golden_models import ROOT
 
 from riverinfer import Engine, SamplingParams
 from riverinfer.cli import main
+from riverinfer.cli.depth_colors import color, legend
 from riverinfer.errors import InvalidRequestError
 from riverinfer.river import RiverOptions
 
@@ -170,3 +174,29 @@ def test_the_command_line_reports_depths(engine: Engine, cache: Path, capsys: py
     assert "rm takes no --bits" in capsys.readouterr().err
     assert main(["river", "rm", str(ROOT / "llama")]) == 0
     assert list((cache / "rivers").iterdir()) == []
+
+
+def test_depths_colour_the_chat(
+    engine: Engine, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--mode", "river", "--river-group", "32", "--device", "cpu", "--dtype", "float32", "-n", "8"]
+    flags += ["--ignore-eos", "--generation-config", "none"]
+    answers = []
+    for extra in ([], ["--show-depth"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        assert main(["chat", str(ROOT / "llama"), *flags, *extra]) == 0
+        captured = capsys.readouterr()
+        answers.append(captured.out)
+    assert "exit depth, in layers:" in captured.err
+    assert "\x1b[38;5;" in answers[1]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", answers[1]) == answers[0]
+    assert main(["chat", str(ROOT / "llama"), "--show-depth", "-st", "-p", "x", "-n", "1"]) == 2
+    assert "only river mode has exit depths" in capsys.readouterr().err
+
+
+def test_every_depth_has_a_colour_and_the_ramp_is_used() -> None:
+    for layers in (1, 5, 30, 80):
+        colours = [color("x", depth, layers) for depth in range(layers + 1)]
+        assert colours[0] != colours[-1]
+        assert len(set(colours)) == min(layers + 1, 9)
+        assert legend(layers).count("+") == len(set(colours))

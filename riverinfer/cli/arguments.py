@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("-st", "--single-turn", action="store_true", help="answer once and exit")
     chat.add_argument("--no-history", action="store_true", help="do not keep an input history file")
     chat.add_argument("--no-stats", action="store_true", help="no line of timings after each answer")
+    chat.add_argument(
+        "--show-depth", action="store_true", help="river mode: colour tokens by exit depth, as /depth does"
+    )
     chat.add_argument("--color", choices=("auto", "on", "off"), default="auto", help="default: auto")
 
     generate = _command(commands, "generate", "answer or continue one prompt and exit")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from riverinfer.cli.chat_commands import Commands, Edit, Leave, Regenerate, Send
+from riverinfer.cli.depth_colors import color
 from riverinfer.cli.generate import format_stats
 from riverinfer.cli.setup import (
     check_flags,
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         if terminal.interactive:
             terminal.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         chat = _Chat(terminal, session, params, stats=terminal.interactive and not args.no_stats, debug=args.debug)
+        if args.show_depth:
+            chat.turn("/depth")
         try:
             if first is not None:
                 if terminal.interactive:
@@ -108,7 +111,10 @@ class _Chat:
         try:
             with contextlib.closing(steps):  # type: ignore[type-var]
                 for step in steps:
-                    self.terminal.write(step.text)
+                    text = step.text
+                    if self.commands.show_depth and text and step.exit_depth is not None:
+                        text = color(text, step.exit_depth, self.session.engine.config.num_layers)
+                    self.terminal.write(text)
         except KeyboardInterrupt:
             if not self.terminal.interactive:
                 raise

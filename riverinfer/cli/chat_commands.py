@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from riverinfer.cli.depth_colors import legend
 from riverinfer.cli.generate import format_stats
 from riverinfer.cli.setup import describe_params, read_text
 from riverinfer.cli.terminal import Terminal
@@ -80,8 +81,10 @@ class Commands:
             "save": (self._save, "FILE  write the conversation"),
             "load": (self._load, "FILE  read a conversation back"),
             "read": (self._read, "FILE [QUESTION]  send a text file, with a question before it"),
+            "depth": (self._depth, "river mode: colour each token by its exit depth, or stop doing so"),
             "stats": (self._stats, "figures of the last answer and the cache"),
         }
+        self.show_depth = False
         self._aliases = {"quit": "exit", "bye": "exit", "?": "help", "h": "help", "retry": "regen", "reset": "clear"}
 
     @property
@@ -219,6 +222,12 @@ class Commands:
         if not content.strip():
             raise InvalidRequestError("is empty", file=path, remedy="give a file with text")
         return Send(f"{question}\n\n{content}" if question else content)
+
+    def _depth(self, _: str) -> None:
+        if self.session.engine.mode != "river":
+            raise InvalidRequestError("only river mode has exit depths", remedy="start with --mode river")
+        self.show_depth = not self.show_depth
+        self._say(legend(self.session.engine.config.num_layers) if self.show_depth else "exit depths are not shown")
 
     def _stats(self, _: str) -> None:
         session = self.session
