@@ -88,9 +88,9 @@ def breakdown(engine: Engine, ids: list[int], count: int) -> dict[str, float]:
     spent: dict[str, float] = {}
 
     def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             began = time.perf_counter()
-            result = function(*args)
+            result = function(*args, **options)
             spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
             return result
 
