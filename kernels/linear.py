@@ -17,7 +17,6 @@ from torch import Tensor
 class Linear(Protocol):
     """y = x W^T + b. ``weight_bytes`` counts what a pass over the matrix reads."""
 
-    out_features: int
     in_features: int
     weight_bytes: int
     bias: Tensor | None
@@ -32,7 +31,7 @@ class PlainLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
-        self.out_features, self.in_features = weight.shape
+        self.in_features = weight.shape[1]
         self.weight_bytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ class PackedLinear:
     """oneDNN on weights blocked once at load. CPU only; ``weight`` [N, K] may be freed afterwards."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.out_features, self.in_features = weight.shape
+        self.in_features = weight.shape[1]
         self.weight_bytes = weight.nbytes
         self.bias = bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)

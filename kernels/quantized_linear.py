@@ -25,7 +25,7 @@ class CpuInt4Linear:
     """torch's ``_weight_int4pack_mm_for_cpu``: bfloat16 activations, 4-bit weights, float32 sums."""
 
     def __init__(self, q: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None = None) -> None:
-        self.out_features, self.in_features = q.shape
+        self.in_features = q.shape[1]
         self._group = self.in_features // scale.shape[1]
         self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         # [K / G, N, 2]: the kernel computes (q - 8) * scale + zero, which is our offset.
@@ -46,7 +46,7 @@ class CpuInt8Linear:
     """
 
     def __init__(self, q: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None = None) -> None:
-        self.out_features, self.in_features = q.shape
+        self.in_features = q.shape[1]
         self._weight = (q.int() - 128).to(torch.int8)
         self._scales = scale.view(-1).to(torch.bfloat16)
         self._offset = offset.view(1, -1).float()  # [1, N]

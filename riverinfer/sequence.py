@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -82,7 +82,6 @@ class TokenSequence:
         ids: Sequence[int],
         *,
         all_logits: bool = False,
-        on_chunk: Callable[[int], None] | None = None,
         gate: Gate | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
@@ -105,6 +104,8 @@ class TokenSequence:
             ids, start, gate = [*self.tokens, *ids], 0, None
             self._forget()
         trace = trace or Trace()
+        # Noted first: after an interrupt, K of a longer sequence must not be taken for a shorter one's.
+        self._rope_len = max(self._rope_len, end) if start else end
         if len(ids) == 1:
             logits = decode.decode_one(self.model, ids[0], start, self._kv, gate=gate, trace=trace)
             self._append(ids, trace)
@@ -113,14 +114,10 @@ class TokenSequence:
 
             def chunk_done(count: int) -> None:
                 self._append(ids[len(self.tokens) - base : count], trace)
-                self._rope_len = max(self._rope_len, end)
-                if on_chunk is not None:
-                    on_chunk(count)
 
             logits = decode.prefill(
                 self.model, ids, start, self._kv, all_logits=all_logits, on_chunk=chunk_done, gate=gate, trace=trace
             )
-        self._rope_len = max(self._rope_len, end)
         return logits
 
     def _append(self, ids: Sequence[int], trace: Trace) -> None:

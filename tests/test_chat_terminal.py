@@ -55,6 +55,12 @@ class Screen:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def ask(self, typed: str) -> None:
+        """Type a message and wait until it is answered and the next line can be typed."""
+        self.type(typed + "\r")
+        self.wait_for(r"tokens/s")
+        self.ready()
+
     def leave(self) -> int:
         """Ctrl-D; returns the exit code."""
         self.ready()
@@ -137,16 +143,12 @@ def test_multi_line_input_and_paste(screen: Screen) -> None:
 
 
 def test_edit_offers_the_last_message_again(screen: Screen) -> None:
-    screen.type("Hello\r")
-    screen.wait_for(r"tokens/s")
-    screen.ready()
+    screen.ask("Hello")
     screen.type("/edit\r")
     screen.wait_for("/edit")
     screen.wait_for("Hello")
     time.sleep(0.2)
-    screen.type(" there\r")
-    screen.wait_for(r"tokens/s")
-    screen.ready()
+    screen.ask(" there")
     screen.type("/show messages\r")
     assert "user: Hello\r" not in screen.wait_for(r"user: Hello there")
     screen.ready()
@@ -156,9 +158,7 @@ def test_edit_offers_the_last_message_again(screen: Screen) -> None:
 
 
 def test_an_edit_can_be_called_off(screen: Screen) -> None:
-    screen.type("Hello\r")
-    screen.wait_for(r"tokens/s")
-    screen.ready()
+    screen.ask("Hello")
     screen.type("/edit\r")
     screen.wait_for("/edit")
     screen.wait_for("Hello")

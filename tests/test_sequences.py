@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from riverinfer import decode
 from riverinfer.decode import prefill
 from riverinfer.errors import ContextLengthError, EngineMemoryError, NoFreeSlotError
 from riverinfer.kv_arena import KVArena
@@ -117,17 +119,44 @@ def test_a_full_context_is_an_error_and_changes_nothing() -> None:
     assert len(sequence.tokens) == 16
 
 
-def test_an_interrupted_prefill_leaves_a_shorter_sequence_not_a_wrong_one() -> None:
+def test_an_interrupt_does_not_pass_long_frequencies_off_as_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """longrope: the first chunk of a long prompt is cached, then the user stops and sends something short."""
+    model = model_of("phi3")
+    _, (sequence,) = fresh(model, ctx_size=700)
+    ids = [7 + i % 50 for i in range(600)]
+    append = TokenSequence._append
+
+    def interrupted(self: TokenSequence, *args: Any) -> None:
+        append(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenSequence, "_append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.extend(ids)
+    monkeypatch.undo()
+    assert len(sequence.tokens) == 512
+    wanted = [*ids[:30], 9]
+    assert sequence.keep_common(wanted) == 0
+    assert close(sequence.extend(wanted), prefill(model, wanted, 0, make_cache(model)))
+
+
+def test_an_interrupted_prefill_leaves_a_shorter_sequence_not_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     _, (sequence,) = fresh(model, ctx_size=1200)
     ids = [5 + i % 300 for i in range(1100)]
 
-    def interrupt(done: int) -> None:
-        if done > 600:
-            raise KeyboardInterrupt
+    walk, chunks = decode.walk, []
 
+    def interrupted(*args: Any, **options: Any) -> Tensor:
+        chunks.append(args)
+        if len(chunks) == 3:
+            raise KeyboardInterrupt
+        return walk(*args, **options)
+
+    monkeypatch.setattr(decode, "walk", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sequence.extend(ids, on_chunk=interrupt)
+        sequence.extend(ids)
+    monkeypatch.undo()
     assert sequence.tokens == ids[: len(sequence.tokens)]
     assert len(sequence.tokens) == 1024
     kept = sequence.keep_common(ids)
