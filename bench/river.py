@@ -1,12 +1,12 @@
 """What leaving the backbone early costs and brings: gates against their controls, on one model, prompt by prompt.
 
-    python bench/river.py [MODEL_DIR] [--group 64] [--tokens 96] [--save]
+    python bench/river.py [MODEL_DIR] [--group 64] [--method hqq] [--tokens 96] [--save]
 
 For each prompt the exact engine writes a greedy continuation. Each gate then walks the same tokens one by one, prompt
 exact, as river mode does (teacher forcing, so that positions compare), and its logits are held against the exact ones.
 Controls: a fixed depth, and depths drawn at random from the histogram that the similarity gate showed on that prompt.
 Intervals are 95 % bootstrap over prompts. tokens/s is timed in the same walks, in turn for all gates.
-``--save`` writes bench/results/river-cpu.json.
+``--save`` writes bench/results/river-cpu.json, for a method other than hqq river-METHOD-cpu.json.
 """
 
 from __future__ import annotations
@@ -104,13 +104,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_dir", type=Path, nargs="?")
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--method", choices=("hqq", "awq", "rtn"), default="hqq")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = args.model_dir or demo_model()
-    engine = Engine.load(folder, ctx_size=1024, max_sequences=1, mode="river", river_group=args.group)
+    engine = Engine.load(
+        folder, ctx_size=1024, max_sequences=1, mode="river", river_group=args.group, river_method=args.method
+    )
 
     rows: dict[str, list[Row]] = {}
     for number, text in enumerate(PROMPTS):
@@ -142,7 +145,8 @@ def main() -> None:
         print(f"{number + 1}/{len(PROMPTS)}", end="\r", flush=True)
 
     names = list(rows["exact"][0])
-    title = f"{folder.name}, river 4 bits group {args.group}, {len(PROMPTS)} prompts x {args.tokens} tokens"
+    quantized = f"4 bits group {args.group}" + ("" if args.method == "hqq" else f" {args.method}")
+    title = f"{folder.name}, river {quantized}, {len(PROMPTS)} prompts x {args.tokens} tokens"
     print(f"| {title} | {' | '.join(names)} |\n{'|---' * (len(names) + 1)}|")
     summary = {}
     for gate, measured in rows.items():
@@ -154,7 +158,8 @@ def main() -> None:
             cells.append(f"{mean:.{digits}f}{spread}")
         print(f"| {gate} | {' | '.join(cells)} |")
     if args.save:
-        path = Path(__file__).parent / "results" / "river-cpu.json"
+        infix = "" if args.method == "hqq" else f"{args.method}-"
+        path = Path(__file__).parent / "results" / f"river-{infix}cpu.json"
         path.write_text(json.dumps({"machine": machine(), "summary": summary}, indent=1) + "\n")
         print(f"saved {path}")
 

@@ -52,6 +52,18 @@ class PackedLinear:
         return self._linear(x, self._packed, self.bias, "none", [], "")
 
 
+class AbsentLinear:
+    """Stands where a matrix was not loaded. ``bias`` is there; a call is a bug: AssertionError."""
+
+    in_features = weight_bytes = 0
+
+    def __init__(self, bias: Tensor | None = None) -> None:
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise AssertionError("this layer of the backbone is not loaded")
+
+
 @cache
 def packing_works(dtype: torch.dtype) -> bool:
     """Whether this torch build and CPU multiply ``dtype`` from blocked weights, and rightly. Tried, not guessed."""

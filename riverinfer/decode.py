@@ -83,6 +83,50 @@ def prefill(
 
 
 @torch.inference_mode()
+def decode_batch(
+    model: Model,
+    ids: Sequence[int],
+    positions: Sequence[int],
+    kvs: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    *,
+    gates: Sequence[Gate] = (),
+    traces: Sequence[Trace] = (),
+) -> Tensor:
+    """The walk of B sequences side by side, one token of each: float32 logits [B, vocab] for the next.
+
+    ``gates``: none keeps all in the backbone; one a sequence lets each exit for itself, so that nobody's text depends
+    on their neighbours; a single one sees all states, [B, H], and opens for all at once (with scope "min", the paper's
+    minimum over the batch). ``traces``: one a sequence, or none; only depths are recorded.
+    """
+    rows = range(len(ids))
+    steps = [model.step_context(position, 1, position + 1) for position in positions]
+    h = model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device))  # [B, H]
+    shared = len(gates) == 1
+    opened = [gate.start() for gate in gates]
+    exited = opened * len(ids) if shared else opened or [False for _ in rows]
+    depths = [0 for _ in rows]
+    for i in range(len(model.layers)):
+        h_next = torch.empty_like(h)
+        for layers, members in (
+            (model.layers, [row for row in rows if not exited[row]]),
+            (model.river, [row for row in rows if exited[row]]),
+        ):
+            if members:
+                caches = [kvs[row][i] for row in members]
+                h_next[members] = layers[i].side_by_side(h[members], [steps[row] for row in members], caches)
+        for row in rows:
+            depths[row] += not exited[row]
+        if shared and not exited[0]:
+            exited = [gates[0](i, h, h_next)] * len(ids)
+        elif gates and not shared:
+            exited = [exited[row] or gates[row](i, h[row : row + 1], h_next[row : row + 1]) for row in rows]
+        h = h_next
+    for trace, depth in zip(traces, depths, strict=False):
+        trace.depth = depth
+    return model.logits(h)
+
+
+@torch.inference_mode()
 def decode_one(
     model: Model,
     token_id: int,

@@ -8,17 +8,19 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from riverinfer.batch import check_batch, generate_batch
+from riverinfer.calibration import calibrate
 from riverinfer.checkpoint import Checkpoint
-from riverinfer.decode import Trace
-from riverinfer.detokenizer import StreamingDetokenizer
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
-from riverinfer.gates import Gate
+from riverinfer.gates import Gate, SimilarityGate
+from riverinfer.generation import Generation
 from riverinfer.generation_config import GenerationConfig, load_generation_config
 from riverinfer.kernels.quantized_linear import quantized_bytes
 from riverinfer.kv_arena import KVArena
@@ -28,10 +30,10 @@ from riverinfer.model import Model
 from riverinfer.outputs import Output, Step
 from riverinfer.progress import Progress
 from riverinfer.river import RiverOptions, attach_river
-from riverinfer.sampling import Sampler, SamplingParams, check_integer
-from riverinfer.sequence import SlotPool, TokenSequence, closed_error
-from riverinfer.stop_strings import StopStrings
+from riverinfer.sampling import SamplingParams, check_integer
+from riverinfer.sequence import SlotPool, TokenSequence, closed_error, extend_batch
 from riverinfer.tokenizer import Tokenizer
+from riverinfer.trace import Trace
 from riverinfer.weights_convert.quantize import check_shape
 from riverinfer.weights_convert.river_artifact import RiverSettings, find_river, linear_shapes
 
@@ -66,7 +68,7 @@ class Engine:
         self.generation_config = generation_config
         self.mode = mode
         self.river_options = river_options or RiverOptions()
-        self.ctx_size = arena.ctx_size
+        self.ctx_size, self.max_sequences = arena.ctx_size, arena.slots
         self.slots = SlotPool(arena)
         self._arena: KVArena | None = arena
         self._step_lock = threading.Lock()
@@ -87,9 +89,13 @@ class Engine:
         tau: float | Sequence[float] = 0.5,
         min_depth: int = 1,
         gate: str = "similarity",
+        max_depth: int | None = None,
         prefill: str = "exact",
+        prefill_depth: int | None = None,
+        backbone_layers: int | None = None,
         river_bits: int = 4,
         river_group: int = 64,
+        river_method: str = "hqq",
     ) -> Engine:
         """Load a model folder.
 
@@ -100,7 +106,10 @@ class Engine:
         mode: "exact", the checkpoint's own computation, or "river": tokens leave the backbone early and finish in a
             quantized copy of its layers, which is made on first use and kept in the cache folder. The copy is small
             and fast where a packed kernel reads it: on a CPU in bfloat16. Elsewhere it is dequantized for now.
-        tau, min_depth, gate, prefill: when tokens leave, see ``RiverOptions``. river_bits, river_group: the copy.
+        tau, min_depth, max_depth, gate, prefill, prefill_depth: when tokens leave, see ``RiverOptions``.
+        backbone_layers: in river mode, load only so many layers of the backbone; every token leaves there at the
+            latest, prompts too, and exact calls are refused. None loads all. river_bits, river_group, river_method:
+            the copy, see ``RiverSettings``; "awq" takes longer to make, and loses less.
         threads: CPU threads for torch, process-wide.
         check: refuse weights that are NaN or infinite. progress: called while weights are read.
 
@@ -109,8 +118,8 @@ class Engine:
         """
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
-        options = RiverOptions(tau=tau, min_depth=min_depth, gate=gate, prefill=prefill)
-        settings = RiverSettings(bits=river_bits, group=river_group)
+        options = RiverOptions(tau, min_depth, max_depth, gate, prefill, prefill_depth)
+        settings = RiverSettings(bits=river_bits, group=river_group, method=river_method)
         check_integer("ctx_size", ctx_size, 0)
         check_integer("max_sequences", max_sequences, 1)
         if threads is not None:
@@ -123,14 +132,18 @@ class Engine:
         place = resolve_device(device)
         kind = resolve_dtype(dtype, checkpoint.stored_dtype, place)
         river_bytes = 0
+        held = config.num_layers
+        if backbone_layers is not None:
+            if mode != "river":
+                raise InvalidRequestError("needs river mode", field="backbone_layers", remedy='give mode="river" too')
+            check_integer("backbone_layers", backbone_layers, 0, config.num_layers)
+            held = backbone_layers
         if mode == "river":
-            if min_depth > config.num_layers:
-                raise InvalidRequestError(
-                    f"is {min_depth}, the model has {config.num_layers} layers", field="min_depth", remedy="lower it"
-                )
+            options.limited(config.num_layers, held)
             for rows, columns in linear_shapes(config).values():
                 check_shape((rows, columns), river_bits, river_group)
                 river_bytes += config.num_layers * quantized_bytes(rows, columns, river_bits, river_group, kind, place)
+        absent = (config.num_layers - held) * sum(rows * columns for rows, columns in linear_shapes(config).values())
         positions = effective_ctx_size(ctx_size, config.context_limit)
         if ctx_size > positions and ctx_size != DEFAULT_CTX_SIZE:
             warnings.warn(
@@ -140,16 +153,18 @@ class Engine:
             )
         require_memory(
             place,
-            weights=checkpoint.parameters * kind.itemsize + river_bytes,
+            weights=(checkpoint.parameters - absent) * kind.itemsize + river_bytes,
             slots=max_sequences,
             ctx_size=positions,
             bytes_per_token=config.kv_bytes_per_token(kind.itemsize),
         )
         arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
-        model = load_model(checkpoint, device=place, dtype=kind, check=check, progress=progress)
+        model = load_model(checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress)
         model.rope.reserve(positions)
         if mode == "river":
-            attach_river(model, find_river(checkpoint, settings, device=place, progress=progress))
+            calibrated = partial(calibrate, model, tokenizer)
+            river = find_river(checkpoint, settings, device=place, progress=progress, calibrate=calibrated)
+            attach_river(model, river)
         return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
 
     def __enter__(self) -> Engine:
@@ -177,6 +192,7 @@ class Engine:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Float32 [T, vocab]: row i is the prediction after ``token_ids[: i + 1]``."""
+        self.choose_river("exact", None)
         ids = self.check_ids(token_ids)
         sequence = TokenSequence(self.model, self.ctx_size)
         try:
@@ -192,15 +208,17 @@ class Engine:
         *,
         mode: str | None = None,
         river: RiverOptions | None = None,
+        similarities: bool = False,
     ) -> Output:
         """Continue ``prompt`` (text, or token ids) to the end.
 
         Without ``params``, the model's recommended ones; without ``mode`` and ``river``, those of ``load``.
+        ``similarities``: in river mode, record those of every token and layer (``Step.similarities``).
         Raises InvalidRequestError, ContextLengthError (its ``output`` holds what had been generated),
         NoFreeSlotError, EngineClosedError.
         """
         output = Output()
-        for _ in self.stream(prompt, params, mode=mode, river=river, output=output):
+        for _ in self.stream(prompt, params, mode=mode, river=river, similarities=similarities, output=output):
             pass
         return output
 
@@ -211,6 +229,7 @@ class Engine:
         *,
         mode: str | None = None,
         river: RiverOptions | None = None,
+        similarities: bool = False,
         output: Output | None = None,
     ) -> Iterator[Step]:
         """Like ``generate``, one step a token. Closing the iterator, or dropping it, frees its slot.
@@ -220,29 +239,68 @@ class Engine:
         began = time.perf_counter()
         ids = self.encode_prompt(prompt)
         params = (params or self.default_params()).with_seed()
-        options = self.choose_river(mode, river)
-        return self._stream(ids, params, options, output if output is not None else Output(), began)
+        options = self.choose_river(mode, river, similarities)
+        output = output if output is not None else Output()
+        return self._stream(ids, params, options, similarities, output, began)
 
-    def choose_river(self, mode: str | None, options: RiverOptions | None) -> RiverOptions | None:
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        mode: str | None = None,
+        river: RiverOptions | None = None,
+    ) -> list[Output]:
+        """Continue several prompts side by side, at most ``max_sequences``: an output each, in their order.
+
+        A step reads the matrices once for all sequences. In river mode each exits for itself, so that a text does not
+        depend on its neighbours beyond the order of sums, or all together (``RiverOptions.scope``).
+        Raises what ``generate`` raises; ContextLengthError, when a context is full, has
+        all ``outputs``.
+        """
+        several = params if isinstance(params, Sequence) else [params or self.default_params()] * len(prompts)
+        check_batch(prompts, several, self.max_sequences)
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        options = self.choose_river(mode, river)
+        return generate_batch(self, encoded, [each.with_seed() for each in several], options)
+
+    def choose_river(
+        self, mode: str | None, options: RiverOptions | None, similarities: bool = False
+    ) -> RiverOptions | None:
         """The river options of a call, None for exact mode. Raises InvalidRequestError if there is no river."""
         mode = mode or self.mode
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
         if mode == "exact":
+            if similarities:
+                remedy = 'give mode="river" too'
+                raise InvalidRequestError("only river mode has them", field="similarities", remedy=remedy)
             if options is not None:
                 raise InvalidRequestError("has no effect in exact mode", field="river", remedy='give mode="river" too')
+            if self.model.offloaded:
+                raise InvalidRequestError(
+                    f"only {self.model.held_layers} of {self.config.num_layers} backbone layers are loaded",
+                    field="mode",
+                    remedy='use mode="river", or load without backbone_layers (--backbone-layers)',
+                )
             return None
         if not self.model.river:
             raise InvalidRequestError("no river is loaded", field="mode", remedy='load the engine with mode="river"')
-        return options or self.river_options
+        return (options or self.river_options).limited(self.config.num_layers, self.model.held_layers)
 
     def _stream(
-        self, ids: list[int], params: SamplingParams, options: RiverOptions | None, output: Output, began: float
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        options: RiverOptions | None,
+        similarities: bool,
+        output: Output,
+        began: float,
     ) -> Iterator[Step]:
         sequence = TokenSequence(self.model, self.ctx_size)
         try:
             self.slots.acquire(sequence)
-            yield from self.run(sequence, ids, params, output, began=began, river=options)
+            yield from self.run(sequence, ids, params, output, began=began, river=options, similarities=similarities)
         finally:
             self.slots.release(sequence, keep=False)
 
@@ -314,6 +372,14 @@ class Engine:
             self._require_open()
             return sequence.extend(ids, all_logits=all_logits, gate=gate, trace=trace)
 
+    def extend_batch(
+        self, sequences: Sequence[TokenSequence], ids: Sequence[int], *, gates: Sequence[Gate], traces: Sequence[Trace]
+    ) -> Tensor:
+        """One token more for each sequence, as ``decode.decode_batch``: float32 logits [B, vocab]."""
+        with self._step_lock:
+            self._require_open()
+            return extend_batch(sequences, ids, gates=gates, traces=traces)
+
     def run(
         self,
         sequence: TokenSequence,
@@ -323,77 +389,69 @@ class Engine:
         *,
         began: float,
         river: RiverOptions | None = None,
+        similarities: bool = False,
         extra_stop_ids: Sequence[int] = (),
     ) -> Iterator[Step]:
         """Generate after ``ids`` on a sequence that has a slot, reusing what it has cached. ``river``: None is exact.
 
         Fills ``output`` before each step is yielded. Raises ContextLengthError when the context is full.
         """
-        stats = output.stats
-        output.prompt_token_ids, output.seed = ids, params.seed
-        stats.prompt_tokens = len(ids)
-        stats.cached_tokens = sequence.keep_common(ids, exact=river is None)
-        sampler = Sampler(params, self.tokenizer.vocab_size)
-        detokenizer = StreamingDetokenizer(self.tokenizer, prompt_ids=ids)
-        stops = StopStrings(params.stop)
+        generation = self.generation(ids, params, output, began=began, extra_stop_ids=extra_stop_ids)
+        gate, trace = None, None
+        if river is not None:
+            gate, trace = river.make_gate(), Trace(similarities=[] if similarities else None)
+        try:
+            logits = self.read_prompt(sequence, generation, river, trace)
+            while True:
+                yield generation.step(generation.choose(logits[0]), trace)
+                if generation.finished:
+                    return
+                generation.require_room()
+                generation.resume()
+                logits = self.extend(sequence, generation.context[-1:], gate=gate, trace=trace)
+        finally:
+            if isinstance(gate, SimilarityGate) and gate.not_a_number:
+                output.stats.undefined_similarities = gate.not_a_number
+                warnings.warn(
+                    f"{gate.not_a_number} tokens had hidden states that are no numbers; they stayed in the backbone",
+                    RiverinferWarning,
+                    stacklevel=2,
+                )
+
+    def generation(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        output: Output,
+        *,
+        began: float,
+        extra_stop_ids: Sequence[int] = (),
+    ) -> Generation:
+        """A request that continues ``ids`` and stops where ``params`` and the model say."""
         stop_ids = {*params.stop_token_ids}
         if not params.ignore_eos:
             stop_ids |= {*self.generation_config.eos_token_ids, *extra_stop_ids}
-        context = list(ids)
-
-        started = time.perf_counter()
-        gate, trace = None, Trace()
-        if river is not None:
-            gate = river.make_gate()
-        logits = self.extend(
-            sequence,
-            ids[stats.cached_tokens :],
-            gate=None if river is None else river.make_prefill_gate(),
-            trace=trace,
+        return Generation(
+            ids,
+            params,
+            output,
+            tokenizer=self.tokenizer,
+            stop_ids=stop_ids,
+            ctx_size=self.ctx_size,
+            began=began,
         )
-        stats.prefill_s = time.perf_counter() - started
-        # Time that the caller spends between two steps is not the engine's.
-        resumed = time.perf_counter()
-        while True:
-            sampled = sampler(logits[0], context)
-            token = sampled.token_id
-            stats.new_tokens += 1
-            now = time.perf_counter()
-            if stats.new_tokens == 1:
-                stats.ttft_s = now - began
-            else:
-                stats.decode_s += now - resumed
-            context.append(token)
 
-            text, reason = "", None
-            if token in stop_ids:
-                reason = "stop"
-            else:
-                text = stops.push(detokenizer.push(token))
-                if stops.matched is not None:
-                    reason = "stop"
-                elif stats.new_tokens == params.max_tokens:
-                    reason = "length"
-            full = reason is None and len(context) > self.ctx_size
-            if (reason or full) and stops.matched is None:
-                text += stops.push(detokenizer.finish()) + stops.finish()
-            depth = None
-            if river is not None:
-                depth = trace.depth
-                stats.exit_depths[depth] = stats.exit_depths.get(depth, 0) + 1
-            step = Step(text, token, sampled.logprob, sampled.top_logprobs, reason, depth)
-            output.add(step)
-            yield step
-            if reason:
-                return
-            if full:
-                raise ContextLengthError(
-                    f"the context of {self.ctx_size} tokens is full",
-                    remedy="start afresh, or load with a larger --ctx-size (ctx_size)",
-                    output=output,
-                )
-            resumed = time.perf_counter()
-            logits = self.extend(sequence, [token], gate=gate, trace=trace)
+    def read_prompt(
+        self, sequence: TokenSequence, generation: Generation, river: RiverOptions | None, trace: Trace | None = None
+    ) -> Tensor:
+        """Bring a sequence to the end of the request's prompt: float32 logits [1, vocab] for its first token."""
+        ids, stats = generation.context, generation.output.stats
+        stats.cached_tokens = sequence.keep_common(ids, exact=river is None)
+        started = time.perf_counter()
+        gate = None if river is None else river.make_prefill_gate()
+        logits = self.extend(sequence, ids[stats.cached_tokens :], gate=gate, trace=trace)
+        stats.prefill_s = time.perf_counter() - started
+        return logits
 
     def _require_open(self) -> None:
         if self._arena is None:

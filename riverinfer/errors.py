@@ -6,6 +6,8 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from riverinfer.outputs import Output
 
 
@@ -70,12 +72,19 @@ class InvalidRequestError(RiverinferError, ValueError):
 class ContextLengthError(InvalidRequestError):
     """The tokens do not fit into the context the engine was loaded with.
 
-    ``output``: what had been generated when the context ran full, None if nothing was.
+    ``output``: what had been generated when the context ran full, None if nothing was. ``outputs``: in a batch, all.
     """
 
-    def __init__(self, problem: str, *, remedy: str | None = None, output: Output | None = None) -> None:
+    def __init__(
+        self,
+        problem: str,
+        *,
+        remedy: str | None = None,
+        output: Output | None = None,
+        outputs: Sequence[Output] = (),
+    ) -> None:
         super().__init__(problem, remedy=remedy)
-        self.output = output
+        self.output, self.outputs = output, outputs
 
 
 class EngineMemoryError(RiverinferError, MemoryError):

@@ -10,7 +10,7 @@ from torch import Tensor
 from riverinfer.checkpoint import Checkpoint, TensorReader
 from riverinfer.config import DTYPES
 from riverinfer.errors import InvalidRequestError, WeightsError
-from riverinfer.kernels.linear import Linear, make_linear, packing_works
+from riverinfer.kernels.linear import AbsentLinear, Linear, make_linear, packing_works
 from riverinfer.model import DecoderLayer, Model
 from riverinfer.progress import Progress
 
@@ -54,10 +54,13 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    backbone_layers: int | None = None,
     check: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Read every weight once. ``check`` refuses NaN and infinite weights (WeightsError).
+
+    ``backbone_layers``: of the layers from there on only norms and biases are read, for the river's use.
 
     On a CPU the embedding stays in the mapped file and only its used rows become resident; the file must not be
     overwritten in place while the model is loaded.
@@ -75,7 +78,8 @@ def load_model(
     for index in range(config.num_layers):
         report("Loading weights", index + 1, total, "layers")
         with checkpoint.reader() as reader:
-            layers.append(_load_layer(_Placer(reader, device, dtype, check), checkpoint, index))
+            absent = backbone_layers is not None and index >= backbone_layers
+            layers.append(_load_layer(_Placer(reader, device, dtype, check, absent=absent), checkpoint, index))
     with checkpoint.reader() as reader:
         embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check)
     report("Loading weights", total, total, "layers")
@@ -92,8 +96,12 @@ def check_finite(checkpoint: Checkpoint) -> None:
 class _Placer:
     """Copies tensors from the mapped files to their device and dtype, several stacked row-wise into one."""
 
-    def __init__(self, reader: TensorReader, device: torch.device, dtype: torch.dtype, check: bool) -> None:
+    def __init__(
+        self, reader: TensorReader, device: torch.device, dtype: torch.dtype, check: bool, *, absent: bool = False
+    ) -> None:
+        """``absent``: leave matrices out."""
         self._reader, self._device, self._dtype, self._check = reader, device, dtype, check
+        self._absent = absent
 
     def __call__(self, *names: str) -> Tensor:
         sources = [self._reader(name) for name in names]
@@ -116,6 +124,8 @@ class _Placer:
     def linear(self, *names: str) -> Linear:
         biases = [f"{name}.bias" for name in names]
         bias = self(*biases) if biases[0] in self._reader else None
+        if self._absent:
+            return AbsentLinear(bias)
         weights = [f"{name}.weight" for name in names]
         if len(names) == 1 and self._device.type == "cpu" and packing_works(self._dtype):
             # Blocking copies anyway: no need for a second copy when the mapped one has the right dtype.

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from riverinfer.config import ModelConfig
-from riverinfer.kernels.linear import Linear
-from riverinfer.kernels.torch_ops import attention, causal_mask, rms_norm, rotate, silu_mul
+from riverinfer.kernels import few_rows
+from riverinfer.kernels.few_rows import Span, rms_norm
+from riverinfer.kernels.linear import AbsentLinear, Linear
+from riverinfer.kernels.torch_ops import attention, causal_mask, rotate, silu_mul
+from riverinfer.kernels.torch_ops import rms_norm as rms_norm_heads
 from riverinfer.rope import Rope, query_scale
 
 
@@ -24,6 +27,7 @@ class StepContext:
     sin: Tensor
     query_scale: Tensor | None  # [T, 1, 1] float32
     masks: dict[int | None, tuple[int, Tensor | None]]  # by window: first visible position, mask
+    spans: dict[int | None, list[Span]] | None = None  # instead of masks, for a few tokens on a CPU
 
 
 @dataclass(slots=True)
@@ -51,13 +55,32 @@ class DecoderLayer:
 
     def __call__(self, h: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """h float32 [T, H] to h float32 [T, H]; k_cache, v_cache [Hkv, S, D] get the positions of this step."""
+        qkv = self.qkv(rms_norm(h, self.input_norm, self.eps, k_cache.dtype))  # [T, (Hq + 2 Hkv) D]
+        h = h + self.o(self._mix(qkv, step, k_cache, v_cache))
+        return h + self.down(silu_mul(self.gate_up(rms_norm(h, self.post_norm, self.eps, k_cache.dtype))))
+
+    def side_by_side(self, h: Tensor, steps: list[StepContext], caches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """One token of each of B sequences: h float32 [B, H] to the same; row i has ``steps[i]`` and ``caches[i]``.
+
+        The matrices, which are what takes time, are read once for all.
+        """
+        dtype = caches[0][0].dtype
+        qkv = self.qkv(rms_norm(h, self.input_norm, self.eps, dtype))
+        mixed = [
+            self._mix(qkv[row : row + 1], step, k, v)
+            for row, (step, (k, v)) in enumerate(zip(steps, caches, strict=True))
+        ]
+        h = h + self.o(torch.cat(mixed))
+        return h + self.down(silu_mul(self.gate_up(rms_norm(h, self.post_norm, self.eps, dtype))))
+
+    def _mix(self, qkv: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Write K and V of [T, (Hq + 2 Hkv) D] to the cache and attend: [T, Hq D]."""
         heads, kv_heads, dtype = self.num_heads, self.num_kv_heads, k_cache.dtype
-        qkv = self.qkv(rms_norm(h, self.input_norm, self.eps).to(dtype))
-        qkv = qkv.view(h.shape[0], heads + 2 * kv_heads, self.head_dim)  # [T, Hq + 2 Hkv, D]
+        qkv = qkv.view(-1, heads + 2 * kv_heads, self.head_dim)  # [T, Hq + 2 Hkv, D]
         qk = qkv[:, : heads + kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.float().split((heads, kv_heads), 1)
-            qk = torch.cat((rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)), 1)
+            qk = torch.cat((rms_norm_heads(q, self.q_norm, self.eps), rms_norm_heads(k, self.k_norm, self.eps)), 1)
         if self.use_rope:
             qk = rotate(qk, step.cos, step.sin)
         q = qk[:, :heads]
@@ -65,10 +88,10 @@ class DecoderLayer:
             q = q * step.query_scale
         k_cache[:, step.start : step.end] = qk[:, heads:].transpose(0, 1)
         v_cache[:, step.start : step.end] = qkv[:, heads + kv_heads :].transpose(0, 1)
+        if step.spans is not None:
+            return few_rows.attention(q.to(dtype), k_cache, v_cache, step.spans[self.window])
         first, mask = step.masks[self.window]
-        mixed = attention(q.to(dtype), k_cache[:, first : step.end], v_cache[:, first : step.end], mask)  # [T, Hq D]
-        h = h + self.o(mixed)
-        return h + self.down(silu_mul(self.gate_up(rms_norm(h, self.post_norm, self.eps).to(dtype))))
+        return attention(q.to(dtype), k_cache[:, first : step.end], v_cache[:, first : step.end], mask)
 
 
 class Model:
@@ -96,6 +119,16 @@ class Model:
         self.rope = Rope(config.rope, device)
         self._windows = set(config.windows)
 
+    @property
+    def held_layers(self) -> int:
+        """How many backbone layers are loaded, from the first on."""
+        return sum(not isinstance(layer.qkv, AbsentLinear) for layer in self.layers)
+
+    @property
+    def offloaded(self) -> bool:
+        """Deep backbone layers are not loaded: every token must be in the river by then."""
+        return self.held_layers < len(self.layers)
+
     def step_context(self, start: int, length: int, seq_len: int) -> StepContext:
         """Shared tensors for ``length`` tokens from position ``start`` of a sequence that will be ``seq_len`` long."""
         cos, sin = self.rope.tables(start, start + length, seq_len)
@@ -103,6 +136,10 @@ class Model:
         if scaling is not None:
             positions = torch.arange(start, start + length, dtype=torch.float32, device=self.device)  # [T]
             scale = query_scale(scaling, positions)
+        spans = None
+        if length <= few_rows.FEW and self.device.type == "cpu" and few_rows.attention_works():
+            group = self.config.num_heads // self.config.num_kv_heads
+            spans = {window: few_rows.spans(start, length, window, group, self.dtype) for window in self._windows}
         return StepContext(
             start=start,
             end=start + length,
@@ -110,11 +147,12 @@ class Model:
             sin=sin,
             query_scale=scale,
             masks={window: causal_mask(start, length, window, self.device) for window in self._windows},
+            spans=spans,
         )
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states float32 [T, H] after the last layer to float32 logits [T, vocab]."""
-        return self.head(rms_norm(h, self.final_norm, self.config.rms_norm_eps).to(self.dtype)).float()
+        return self.head(rms_norm(h, self.final_norm, self.config.rms_norm_eps, self.dtype)).float()
 
     @property
     def weight_bytes(self) -> int:

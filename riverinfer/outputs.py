@@ -15,6 +15,8 @@ class Step:
     top_logprobs: (token id, logprob) of the most probable tokens, if asked for.
     finish_reason: None until the last step; then "stop" (stop token or string) or "length" (max_tokens).
     exit_depth: in river mode, how many backbone layers the position that predicted this token passed; else None.
+    similarities: if asked for, of that position the cosine of the states entering and leaving each layer; NaN where a
+        state was no number.
     """
 
     text: str
@@ -23,6 +25,7 @@ class Step:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
     exit_depth: int | None = None
+    similarities: tuple[float, ...] = ()
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Stats:
     prompt_tokens includes cached_tokens, the ones whose K and V an earlier turn had left. ttft_s runs from the call
     to the first token, text processing included. decode_s covers the tokens after the first.
     exit_depths: in river mode, how many tokens were predicted at each depth; empty in exact mode.
+    undefined_similarities: how often a gate met hidden states that are no numbers and kept the token in the backbone.
     """
 
     prompt_tokens: int = 0
@@ -41,6 +45,7 @@ class Stats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     exit_depths: dict[int, int] = field(default_factory=dict)
+    undefined_similarities: int = 0
 
     @property
     def mean_exit_depth(self) -> float | None:
@@ -62,6 +67,8 @@ class Stats:
         if self.exit_depths:
             river["exit_depths"] = {str(depth): self.exit_depths[depth] for depth in sorted(self.exit_depths)}
             river["mean_exit_depth"] = self.mean_exit_depth
+        if self.undefined_similarities:
+            river["undefined_similarities"] = self.undefined_similarities
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -88,6 +95,7 @@ class Output:
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     exit_depths: list[int] = field(default_factory=list)  # a token each, in river mode
+    similarities: list[tuple[float, ...]] = field(default_factory=list)  # a token each, if asked for
 
     def add(self, step: Step) -> None:
         """Append one step."""
@@ -98,4 +106,6 @@ class Output:
             self.top_logprobs.append(step.top_logprobs)
         if step.exit_depth is not None:
             self.exit_depths.append(step.exit_depth)
+        if step.similarities:
+            self.similarities.append(step.similarities)
         self.finish_reason = step.finish_reason

@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from riverinfer.errors import InvalidRequestError
-from riverinfer.gates import FixedDepth, Gate, SimilarityGate, always, never
+from riverinfer.gates import FixedDepth, Gate, SimilarityGate, never
 from riverinfer.kernels.linear import Linear
 from riverinfer.kernels.quantized_linear import make_quantized_linear
 from riverinfer.model import DecoderLayer, Model
+from riverinfer.sampling import check_integer
 
 if TYPE_CHECKING:
     from riverinfer.weights_convert.river_artifact import River
 
 GATES = ("similarity", "fixed", "never", "always")
-PREFILLS = ("exact", "last", "min")
+PREFILLS = ("exact", "last", "min", "fixed")
+SCOPES = ("sequence", "batch")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class RiverOptions:
     min_depth, max_depth: backbone layers that every token passes, and at which the gate is forced open.
     gate: "similarity" (the paper), "fixed" (the first min_depth layers for every token), "never" or "always".
     prefill: "exact" computes what is new of a prompt in the backbone, since every later token reads its K and V;
-        "last" and "min" let each chunk of it exit by the similarity of its last token, or of its least similar one.
+        "last" and "min" let each chunk of it exit by the similarity of its last token, or of its least similar one;
+        "fixed" lets all of it exit after ``prefill_depth`` layers (None: min_depth).
         What a river turn of the same chat left in the cache is reused as it is.
+    scope: in ``Engine.generate_batch``, "sequence" lets each exit for itself, "batch" all at once, when the least
+        similar one may (the paper).
 
     Raises InvalidRequestError for values out of range.
     """
@@ -40,23 +46,50 @@ class RiverOptions:
     max_depth: int | None = None
     gate: str = "similarity"
     prefill: str = "exact"
+    prefill_depth: int | None = None
+    scope: str = "sequence"
 
     def __post_init__(self) -> None:
-        for name, known in (("gate", GATES), ("prefill", PREFILLS)):
+        for name, known in (("gate", GATES), ("prefill", PREFILLS), ("scope", SCOPES)):
             if getattr(self, name) not in known:
                 raise InvalidRequestError(f"is {getattr(self, name)!r}", field=name, remedy=f"use {', '.join(known)}")
+        if self.prefill_depth is not None:
+            check_integer("prefill_depth", self.prefill_depth, 0)
         SimilarityGate(self.tau, self.min_depth, self.max_depth)
 
-    def make_gate(self) -> Gate:
-        """A gate for the decode steps of one sequence."""
+    def limited(self, layers: int, held: int) -> RiverOptions:
+        """These options for a model of ``layers`` layers of which the backbone holds only the first ``held``.
+
+        The gate is then forced open there, for prompts too. Raises InvalidRequestError for a depth the model has not.
+        """
+        for name in ("min_depth", "prefill_depth"):
+            depth = getattr(self, name)
+            if depth is not None and depth > held:
+                problem = f"is {depth}, the model has {layers} layers"
+                if held < layers:
+                    problem = f"is {depth}, but only {held} backbone layers are loaded"
+                raise InvalidRequestError(problem, field=name, remedy="lower it")
+        if held == layers:
+            return self
+        options = replace(self, max_depth=held if self.max_depth is None else min(self.max_depth, held))
+        if self.prefill == "exact":
+            options = replace(options, prefill="fixed", prefill_depth=held)
+        return options
+
+    def make_gate(self, scope: str = "last") -> Gate:
+        """A gate for the decode steps of one sequence; with scope "min", of several that exit together."""
         if self.gate == "similarity":
-            return SimilarityGate(self.tau, self.min_depth, self.max_depth)
-        return {"fixed": FixedDepth(self.min_depth), "never": never(), "always": always()}[self.gate]
+            return SimilarityGate(self.tau, self.min_depth, self.max_depth, scope)
+        depth = {"fixed": self.min_depth, "never": never().depth, "always": 0}[self.gate]
+        return FixedDepth(depth if self.max_depth is None else min(depth, self.max_depth))
 
     def make_prefill_gate(self) -> Gate | None:
         """A gate for prompts; None keeps them exact."""
         if self.prefill == "exact":
             return None
+        if self.prefill == "fixed":
+            depth = self.min_depth if self.prefill_depth is None else self.prefill_depth
+            return FixedDepth(depth if self.max_depth is None else min(depth, self.max_depth))
         if self.gate != "similarity":
             return self.make_gate()
         return SimilarityGate(self.tau, self.min_depth, self.max_depth, scope=self.prefill)
@@ -66,7 +99,8 @@ class RiverOptions:
 def attach_river(model: Model, river: River) -> None:
     """Give ``model`` the river layers of an artifact: the same decoder layers with quantized matrices.
 
-    Norms, rotary tables and biases are the backbone's own tensors.
+    Rotary tables and biases are the backbone's own tensors; so are norms, unless they bear a channel scale: a linear
+    that was quantized as W * s reads x / s, and the norm before it divides.
     """
     model.river = [_river_layer(layer, river, index, model) for index, layer in enumerate(model.layers)]
 
@@ -83,8 +117,14 @@ def _river_layer(layer: DecoderLayer, river: River, index: int, model: Model) ->
             bias=backbone.bias,
         )
 
+    def norm(weight: Tensor, linear: str) -> Tensor:
+        scale = river.channel_scale(index, linear)
+        return weight if scale is None else weight / scale.to(model.device)
+
     return replace(
         layer,
+        input_norm=norm(layer.input_norm, "qkv"),
+        post_norm=norm(layer.post_norm, "gate_up"),
         qkv=linear("qkv", layer.qkv),
         o=linear("o", layer.o),
         gate_up=linear("gate_up", layer.gate_up),

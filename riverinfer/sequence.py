@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from riverinfer import decode
 from riverinfer.errors import ContextLengthError, EngineClosedError, NoFreeSlotError
-from riverinfer.gates import Gate
+from riverinfer.gates import FixedDepth, Gate
 from riverinfer.kv_arena import KVArena
 from riverinfer.model import Model
 from riverinfer.trace import Trace
@@ -98,14 +99,13 @@ class TokenSequence:
                 f"{end} tokens do not fit into the context of {self.ctx_size}",
                 remedy="shorten the input or load with a larger --ctx-size (ctx_size)",
             )
-        rope = self.model.rope
-        if start and rope.regime(end) != rope.regime(self._rope_len):
+        if self.crosses_regime(len(ids)):
             # Crossing the short/long border of longrope: every cached K needs the other frequencies.
-            ids, start, gate = [*self.tokens, *ids], 0, None
+            ids, start = [*self.tokens, *ids], 0
+            gate = FixedDepth(self.model.held_layers) if self.model.offloaded else None
             self._forget()
         trace = trace or Trace()
-        # Noted first: after an interrupt, K of a longer sequence must not be taken for a shorter one's.
-        self._rope_len = max(self._rope_len, end) if start else end
+        self.note_length(end)
         if len(ids) == 1:
             logits = decode.decode_one(self.model, ids[0], start, self._kv, gate=gate, trace=trace)
             self._append(ids, trace)
@@ -120,12 +120,48 @@ class TokenSequence:
             )
         return logits
 
+    def crosses_regime(self, count: int) -> bool:
+        """Whether ``count`` more tokens change the rotary frequencies of all that is cached (longrope)."""
+        rope, cached = self.model.rope, len(self.tokens)
+        return cached > 0 and rope.regime(cached + count) != rope.regime(self._rope_len)
+
+    def note_length(self, end: int) -> None:
+        """Before K of a sequence of length ``end`` are computed: after an interrupt, they must not be taken for those
+        of a shorter one."""
+        self._rope_len = max(self._rope_len, end) if self.tokens else end
+
     def _append(self, ids: Sequence[int], trace: Trace) -> None:
         """Note ids whose K and V are complete; they are exact if all before them are and no layer was the river's."""
         exact = self.exact == len(self.tokens) and trace.depth == len(self.model.layers)
         self.tokens.extend(ids)
         if exact:
             self.exact = len(self.tokens)
+
+
+def extend_batch(
+    sequences: Sequence[TokenSequence], ids: Sequence[int], *, gates: Sequence[Gate] = (), traces: Sequence[Trace] = ()
+) -> Tensor:
+    """One token more for each of several sequences of one model: float32 logits [B, vocab].
+
+    ``gates`` and ``traces`` are those of ``decode.decode_batch``. Each sequence must have room.
+    """
+    model = sequences[0].model
+    if any(sequence.crosses_regime(1) for sequence in sequences):
+        # Rare (longrope at its border), and a recomputation of the whole sequence: one by one.
+        rows = []
+        for row, (sequence, token) in enumerate(zip(sequences, ids, strict=True)):
+            gate = gates[row if len(gates) > 1 else 0] if gates else None
+            rows.append(sequence.extend([token], gate=gate, trace=traces[row] if traces else None))
+        return torch.cat(rows)
+    traces = traces or [Trace() for _ in sequences]
+    for sequence in sequences:
+        sequence.note_length(len(sequence.tokens) + 1)
+    positions = [len(sequence.tokens) for sequence in sequences]
+    kvs = [sequence._kv for sequence in sequences]
+    logits = decode.decode_batch(model, ids, positions, kvs, gates=gates, traces=traces)
+    for sequence, token, trace in zip(sequences, ids, traces, strict=True):
+        sequence._append([token], trace)
+    return logits
 
 
 class SlotPool:

@@ -115,20 +115,22 @@ class ChatSession:
         *,
         mode: str | None = None,
         river: RiverOptions | None = None,
+        similarities: bool = False,
         output: Output | None = None,
     ) -> Iterator[Step]:
         """Answer ``text``, one step a token (a step's text may be empty until a character is whole).
 
         Stopping early keeps what was said, as the assistant's message and in the cache. A turn that fails before its
         first token leaves the conversation as it was. Raises InvalidRequestError, ContextLengthError,
-        ChatTemplateError, EngineClosedError. ``mode`` and ``river`` are those of ``Engine.generate``; ``output`` is
-        filled along the way (``last_output`` holds it afterwards).
+        ChatTemplateError, EngineClosedError. ``mode``, ``river`` and ``similarities`` are those of ``Engine.generate``;
+        ``output`` is filled along the way (``last_output`` holds it afterwards).
         """
         if not text:
             raise InvalidRequestError("the message is empty", remedy="say something")
         with self._lock:
             self._stop_current()
-            return self._answer([*self.messages, {"role": "user", "content": text}], params, mode, river, output)
+            messages = [*self.messages, {"role": "user", "content": text}]
+            return self._answer(messages, params, mode, river, similarities, output)
 
     def regenerate(
         self, params: SamplingParams | None = None, *, mode: str | None = None, river: RiverOptions | None = None
@@ -141,7 +143,7 @@ class ChatSession:
                 messages.pop()
             if not messages or messages[-1]["role"] != "user":
                 raise InvalidRequestError("there is no message to answer again", remedy="send one first")
-            return self._answer(messages, params, mode, river, None)
+            return self._answer(messages, params, mode, river, False, None)
 
     def undo(self) -> str | None:
         """Take back the last user message and everything after it; returns its text, None if there is none."""
@@ -200,6 +202,7 @@ class ChatSession:
         params: SamplingParams | None,
         mode: str | None,
         river: RiverOptions | None,
+        similarities: bool,
         output: Output | None,
     ) -> Iterator[Step]:
         began = time.perf_counter()
@@ -207,8 +210,8 @@ class ChatSession:
         ids = self.engine.check_ids(self._encode(text))
         params = (params or self.engine.default_params()).with_seed()
         output = output if output is not None else Output()
-        options = self.engine.choose_river(mode, river)
-        generator = self._run(messages, text, ids, params, options, output, began)
+        options = self.engine.choose_river(mode, river, similarities)
+        generator = self._run(messages, text, ids, params, options, similarities, output, began)
         self._current, self._owner = weakref.ref(generator), threading.get_ident()
         return generator
 
@@ -219,6 +222,7 @@ class ChatSession:
         ids: list[int],
         params: SamplingParams,
         river: RiverOptions | None,
+        similarities: bool,
         output: Output,
         began: float,
     ) -> Generator[Step, None, None]:
@@ -226,7 +230,16 @@ class ChatSession:
         try:
             engine.slots.acquire(self._sequence)
             extra = () if engine.tokenizer.eos_token_id is None else (engine.tokenizer.eos_token_id,)
-            yield from engine.run(self._sequence, ids, params, output, began=began, river=river, extra_stop_ids=extra)
+            yield from engine.run(
+                self._sequence,
+                ids,
+                params,
+                output,
+                began=began,
+                river=river,
+                similarities=similarities,
+                extra_stop_ids=extra,
+            )
         finally:
             engine.slots.release(self._sequence, keep=True)
             if output.token_ids:

@@ -29,7 +29,9 @@ class Trace:
     def begin(self, h: Tensor, start: int, end: int, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._span = start, end
         if self.states is not None:
-            self.states.append(h)
+            self.states = [h]
+        if self.similarities is not None:
+            self.similarities = []
         if self.ledger is not None:
             self.ledger.begin(start, end, kv)
 
@@ -45,6 +47,10 @@ class Trace:
     def end(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
         if self.ledger is not None:
             self.ledger.check(self._span[1], kv)
+
+    def last_similarities(self) -> tuple[float, ...]:
+        """Of the walk's last token, one per layer; empty if they are not recorded."""
+        return tuple(float(values[-1]) for values in self.similarities or ())
 
     @classmethod
     def full(cls) -> Trace:

@@ -244,7 +244,7 @@ def test_groups_that_do_not_fit_are_refused_before_any_work(cache: Path) -> None
     with pytest.raises(InvalidRequestError, match=r"down: has shape \[96, 112\].*8 bits and group 0"):
         build_river(Checkpoint.open(ROOT / "phi3"), RiverSettings(4, 32))
     assert not cache.exists()
-    for bad in ({"bits": 2}, {"group": 48}, {"group": 0}, {"method": "awq"}):
+    for bad in ({"bits": 2}, {"group": 48}, {"group": 0}, {"method": "gptq"}):
         with pytest.raises(InvalidRequestError):
             RiverSettings(**bad)
 

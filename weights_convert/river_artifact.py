@@ -2,9 +2,11 @@
 
 Tensors ``layers.{i}.{linear}.q|scale|offset`` for the linears ``qkv`` (q, k and v stacked by rows), ``o``,
 ``gate_up`` (gate over up) and ``down``; ``q`` in the order of ``packing``, ``scale`` and ``offset`` bfloat16
-[N, K / group]. Norms, biases, embedding and head are the backbone's. The metadata, all strings: ``format`` (version of
-this layout), ``method``, ``bits``, ``group``, ``source_hash``, ``source_name``, ``source_folder``, ``fingerprint``,
-``riverinfer``.
+[N, K / group]. Norms, biases, embedding and head are the backbone's; but with method ``awq`` the inputs of ``qkv`` and
+``gate_up`` are to be divided by ``layers.{i}.{linear}.channel_scale``, float32 [K] (see ``channel_scales``). The
+metadata, all strings: ``format`` (version of this layout), ``method``, ``bits``, ``group``, ``source_hash``,
+``source_name``, ``source_folder``, ``fingerprint``, ``riverinfer``, and for ``awq`` ``calibration``, a hash of the
+calibration tokens.
 
 A river must never be that of other weights, yet hashing 16 GB at every start is too slow. So two things are stored:
 ``source_hash``, a sha256 over the sizes that shape the linears and over every byte of the weight files, computed once
@@ -21,10 +23,12 @@ old river, which is refused by name and replaced by the next build.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +44,17 @@ from riverinfer.checkpoint import Checkpoint, TensorReader
 from riverinfer.config import ModelConfig
 from riverinfer.errors import ConversionError, InvalidRequestError, WeightsError
 from riverinfer.progress import Progress
+from riverinfer.weights_convert.channel_scales import NORMED, Calibration, LayerScaling
 from riverinfer.weights_convert.output_folder import process_is_running
 from riverinfer.weights_convert.packing import pack, unpack
 from riverinfer.weights_convert.quantize import QuantizedMatrix, check_settings, check_shape, quantize
 
 LINEARS = ("qkv", "o", "gate_up", "down")
+METHODS = ("hqq", "awq", "rtn")
 FORMAT = "1"
 _PARTS = ("q", "scale", "offset")
-_DTYPE_NAMES = {torch.int16: "I16", torch.uint8: "U8", torch.bfloat16: "BF16"}
+_CHANNEL_SCALE = "channel_scale"
+_DTYPE_NAMES = {torch.int16: "I16", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _CHUNK = 4 * 2**20
 _SAMPLES, _SAMPLE_BYTES, _READ_WHOLE = 64, 4096, 2**20
 _CPU = torch.device("cpu")
@@ -56,9 +63,10 @@ _building = threading.Lock()
 
 @dataclass(frozen=True)
 class RiverSettings:
-    """How a river is quantized: 4 or 8 bits; group 32, 64, 128, or 0 for whole rows (8 bits); ``hqq`` or ``rtn``.
+    """How a river is quantized: 4 or 8 bits; group 32, 64, 128, or 0 for whole rows (8 bits); the method.
 
-    Raises InvalidRequestError for what does not exist.
+    ``hqq`` and ``rtn`` are those of ``quantize``; ``awq`` is ``hqq`` on matrices whose columns were scaled by what the
+    model reads on calibration text. Raises InvalidRequestError for what does not exist.
     """
 
     bits: int = 4
@@ -66,7 +74,16 @@ class RiverSettings:
     method: str = "hqq"
 
     def __post_init__(self) -> None:
-        check_settings(self.bits, self.group, self.method)
+        if self.method not in METHODS:
+            raise InvalidRequestError(
+                f"unknown method {self.method!r}", field="method", remedy=f"use {', '.join(METHODS)}"
+            )
+        check_settings(self.bits, self.group, self.quantizer)
+
+    @property
+    def quantizer(self) -> str:
+        """The method of ``quantize`` that makes the integers."""
+        return "hqq" if self.method == "awq" else self.method
 
     def __str__(self) -> str:
         return f"w{self.bits}g{self.group}-{self.method}"
@@ -95,7 +112,7 @@ class River:
         self.path, self.settings, self.source_hash = path, settings, source_hash
         self.nbytes = sum(shape.nbytes for shape in shapes)
         self.weights = sum(shape.weights for shape in shapes if shape.name.endswith(".q"))
-        self.num_layers = len(shapes) // (len(LINEARS) * len(_PARTS))
+        self.num_layers = sum(shape.name.endswith(".q") for shape in shapes) // len(LINEARS)
         self._identity = _identity(path)
 
     def packed(self, layer: int, linear: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,16 +121,28 @@ class River:
         Raises InvalidRequestError for a layer or linear that does not exist, WeightsError if the file was replaced
         since it was opened.
         """
+        q, scale, offset = self._read(layer, linear, *_PARTS)
+        return q, scale, offset
+
+    def channel_scale(self, layer: int, linear: str) -> Tensor | None:
+        """What the input of the linear is to be divided by, float32 [K] on the CPU, all positive and finite, or None.
+
+        Raises like ``packed``.
+        """
+        if self.settings.method != "awq" or linear not in NORMED:
+            return None
+        return self._read(layer, linear, _CHANNEL_SCALE)[0]
+
+    def _read(self, layer: int, linear: str, *parts: str) -> list[Tensor]:
         if linear not in LINEARS or not 0 <= layer < self.num_layers:
             raise InvalidRequestError(f"the river has no linear {linear!r} in layer {layer}")
         try:
             if _identity(self.path) != self._identity:
                 raise WeightsError("was replaced while in use", file=self.path, remedy="load the model again")
             with safe_open(self.path, framework="pt", device="cpu") as file:
-                q, scale, offset = (file.get_tensor(f"layers.{layer}.{linear}.{part}") for part in _PARTS)
+                return [file.get_tensor(f"layers.{layer}.{linear}.{part}") for part in parts]
         except (SafetensorError, OSError) as exc:
             raise WeightsError(f"cannot be read ({exc})", file=self.path, remedy="build the river again") from exc
-        return q, scale, offset
 
     def matrix(self, layer: int, linear: str) -> QuantizedMatrix:
         """The linear with its integers unpacked: uint8 [N, K]. Raises like ``packed``."""
@@ -144,16 +173,23 @@ def build_river(
     *,
     device: torch.device = _CPU,
     progress: Progress | None = None,
+    calibrate: Callable[[], Calibration] | None = None,
 ) -> Path:
     """The path of the model's river, which is made on ``device`` unless a valid one exists.
 
     The file is written aside and renamed: an interrupted build leaves nothing, or, if the process was killed, a file
     that the next build removes. One layer is in memory at a time. Steps of ``progress``: "Hashing the weights" (bytes)
-    and "Making the river (4-bit)" (layers).
+    and "Making the river (4-bit)" (layers). ``calibrate`` is called only to make a river of method ``awq``, which
+    needs it; what it returns is walked once, and gives tensors on ``device``.
 
-    Raises InvalidRequestError if the group does not divide a linear's columns, WeightsError if the weights cannot be
-    read or hold NaN or inf, ConversionError if the cache cannot be written or the weights change meanwhile.
+    Raises InvalidRequestError if the group does not divide a linear's columns or the method wants calibration and there
+    is none, WeightsError if the weights cannot be read or hold NaN or inf, ConversionError if the cache cannot be
+    written or the weights change meanwhile.
     """
+    if settings.method == "awq" and calibrate is None:
+        raise InvalidRequestError(
+            "awq needs what the model reads on calibration text", field="method", remedy="give calibrate, or use hqq"
+        )
     for name, matrix_shape in linear_shapes(checkpoint.config).items():
         check_shape(matrix_shape, settings.bits, settings.group, name)
     path = river_path(checkpoint, settings)
@@ -164,7 +200,8 @@ def build_river(
             return open_river(checkpoint, settings).path
         aside = path.parent / f".{path.name}.partial-{os.getpid()}"
         try:
-            _write(aside, checkpoint, settings, device, progress)
+            calibration = calibrate() if calibrate is not None and settings.method == "awq" else None
+            _write(aside, checkpoint, settings, device, progress, calibration)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
@@ -200,15 +237,16 @@ def find_river(
     *,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     progress: Progress | None = None,
+    calibrate: Callable[[], Calibration] | None = None,
 ) -> River:
     """The valid river of ``checkpoint``, made if there is none. Nothing is written, or cleaned up, if there is one.
 
-    Raises what ``build_river`` raises.
+    The options are those of ``build_river``. Raises what ``build_river`` raises.
     """
     try:
         return open_river(checkpoint, settings)
     except WeightsError:
-        build_river(checkpoint, settings, device=device, progress=progress)
+        build_river(checkpoint, settings, device=device, progress=progress, calibrate=calibrate)
         return open_river(checkpoint, settings)
 
 
@@ -237,16 +275,16 @@ def remove_rivers(checkpoint: Checkpoint | None) -> int:
 class _Shape:
     name: str
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def weights(self) -> int:
         """Integers in a packed ``q``."""
-        return self.shape[0] * self.shape[1] * (4 if self.dtype == torch.int16 else 1)
+        return math.prod(self.shape) * (4 if self.dtype == torch.int16 else 1)
 
 
 def _shapes(config: ModelConfig, settings: RiverSettings) -> list[_Shape]:
@@ -259,11 +297,18 @@ def _shapes(config: ModelConfig, settings: RiverSettings) -> list[_Shape]:
             groups = columns // (settings.group or columns)
             shapes.append(_Shape(name + "q", packed[0], (rows, packed[1])))
             shapes += [_Shape(name + part, torch.bfloat16, (rows, groups)) for part in _PARTS[1:]]
+            if settings.method == "awq" and linear in NORMED:
+                shapes.append(_Shape(name + _CHANNEL_SCALE, torch.float32, (columns,)))
     return shapes
 
 
 def _write(
-    path: Path, checkpoint: Checkpoint, settings: RiverSettings, device: torch.device, progress: Progress | None
+    path: Path,
+    checkpoint: Checkpoint,
+    settings: RiverSettings,
+    device: torch.device,
+    progress: Progress | None,
+    calibration: Calibration | None,
 ) -> None:
     fingerprint = _fingerprint(checkpoint)
     metadata = {
@@ -277,18 +322,16 @@ def _write(
         "fingerprint": json.dumps(fingerprint),
         "riverinfer": riverinfer.__version__,
     }
+    if calibration is not None:
+        metadata["calibration"] = calibration.digest
     layers = checkpoint.config.num_layers
     with path.open("wb") as stream:
         places = _write_header(stream, metadata, _shapes(checkpoint.config, settings))
-        for layer in range(layers):
-            with checkpoint.reader() as read:
-                for linear in LINEARS:
-                    name = f"layers.{layer}.{linear}"
-                    matrix = _quantize(_read_fused(read, checkpoint.config, layer, linear, device), settings, name)
-                    packed = pack(matrix.q, settings.bits, settings.group)
-                    for part, tensor in zip(_PARTS, (packed, matrix.scale, matrix.offset), strict=True):
-                        stream.seek(places[f"{name}.{part}"])
-                        stream.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        inputs: Iterable[Mapping[str, Tensor] | None] = calibration or itertools.repeat(None, layers)
+        for layer, read_on_text in zip(range(layers), inputs, strict=True):
+            for name, tensor in _layer_tensors(checkpoint, layer, settings, device, read_on_text):
+                stream.seek(places[name])
+                stream.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
             if progress is not None and layer + 1 < layers:
                 progress(_label(settings), layer + 1, layers, "layers")
         stream.flush()
@@ -299,6 +342,35 @@ def _write(
         )
     if progress is not None:
         progress(_label(settings), layers, layers, "layers")
+
+
+def _layer_tensors(
+    checkpoint: Checkpoint,
+    layer: int,
+    settings: RiverSettings,
+    device: torch.device,
+    inputs: Mapping[str, Tensor] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of a layer's tensors in the file; ``inputs``: its calibration, None for no scaling."""
+    scaling = None
+    if inputs is not None:
+        no_bias = not checkpoint.config.mlp_bias
+        scaling = LayerScaling(inputs, bits=settings.bits, group=settings.group, scale_down=no_bias)
+    with checkpoint.reader() as read:
+        for linear in ("qkv", "o", "down", "gate_up"):  # the order that ``LayerScaling`` wants
+            name = f"layers.{layer}.{linear}"
+            weight = _read_fused(read, checkpoint.config, layer, linear, device)
+            try:
+                if scaling is not None:
+                    weight, channel_scale = scaling(linear, weight)
+                    if channel_scale is not None:
+                        yield f"{name}.{_CHANNEL_SCALE}", channel_scale
+                matrix = quantize(weight, bits=settings.bits, group=settings.group, method=settings.quantizer)
+            except WeightsError as exc:
+                raise WeightsError(exc.problem, field=name, remedy=exc.remedy) from exc
+            packed = pack(matrix.q, settings.bits, settings.group)
+            for part, tensor in zip(_PARTS, (packed, matrix.scale, matrix.offset), strict=True):
+                yield f"{name}.{part}", tensor
 
 
 def _write_header(stream: BinaryIO, metadata: dict[str, str], shapes: list[_Shape]) -> dict[str, int]:
@@ -331,13 +403,6 @@ def _read_fused(read: TensorReader, config: ModelConfig, layer: int, linear: str
     return torch.cat([read(f"model.layers.{layer}.{x}.weight").to(device, torch.float32) for x in names])
 
 
-def _quantize(weight: Tensor, settings: RiverSettings, name: str) -> QuantizedMatrix:
-    try:
-        return quantize(weight, bits=settings.bits, group=settings.group, method=settings.method)
-    except WeightsError as exc:
-        raise WeightsError(exc.problem, field=name, remedy=exc.remedy) from exc
-
-
 def _read_checked(path: Path, shapes: list[_Shape], checkpoint: Checkpoint, settings: RiverSettings) -> dict[str, str]:
     """The metadata of a river file whose header is as ``shapes`` and ``settings`` say."""
     remedy = _build_again(checkpoint, settings)
@@ -349,8 +414,16 @@ def _read_checked(path: Path, shapes: list[_Shape], checkpoint: Checkpoint, sett
             for field, value in wanted.items():
                 if metadata.get(field) != value:
                     raise WeightsError(f"is {metadata.get(field)}, not {value}", file=path, field=field, remedy=remedy)
-            if set(file.keys()) != {item.name for item in shapes}:
-                raise WeightsError("does not hold the layers of this model", file=path, remedy=remedy)
+            names = {item.name for item in shapes}
+            differing = names ^ set(file.keys())
+            if differing:
+                odd = min(differing)
+                raise WeightsError(
+                    f"is {'missing' if odd in names else 'not known'}: the file does not hold the layers of this model",
+                    file=path,
+                    field=odd,
+                    remedy=remedy,
+                )
             for item in shapes:
                 view = file.get_slice(item.name)
                 if tuple(view.get_shape()) != item.shape or view.get_dtype() != _DTYPE_NAMES[item.dtype]:
@@ -361,6 +434,12 @@ def _read_checked(path: Path, shapes: list[_Shape], checkpoint: Checkpoint, sett
                         field=item.name,
                         remedy=remedy,
                     )
+                if item.name.endswith(f".{_CHANNEL_SCALE}"):
+                    scale = file.get_tensor(item.name)
+                    if not bool(((scale > 0) & scale.isfinite()).all()):
+                        raise WeightsError(
+                            "has scales that are not positive and finite", file=path, field=item.name, remedy=remedy
+                        )
     except (SafetensorError, OSError) as exc:
         raise WeightsError(f"is damaged or cut off ({exc})", file=path, remedy=remedy) from exc
     return metadata

@@ -77,12 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the result (default: by source)"
     )
 
-    river = _command(commands, "river", "make, list or remove the quantized copies that river mode uses")
-    river.add_argument("action", choices=("build", "info", "rm"))
-    _model(river)
-    river.add_argument("--bits", "--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
-    river.add_argument("--group", "--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
-    river.add_argument("--method", choices=("hqq", "rtn"), help="quantizer (default: hqq)")
+    text = "the quantized copies that river mode uses, and a picture of where tokens exit"
+    river = commands.add_parser("river", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    actions = river.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _river_copy(_command(actions, "build", "make the quantized copy of a model"))
+    _river_copy(_command(actions, "info", "list the copies in the cache, or those of one model"))
+    _river_copy(_command(actions, "rm", "remove the copies in the cache, or those of one model"))
+    _river_trace(_command(actions, "trace", "generate, up to 48 tokens without -n, and draw where they exit"))
 
     info = _command(commands, "info", "say what would be loaded, without loading it")
     _model(info)
@@ -115,6 +116,32 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _river_copy(parser: argparse.ArgumentParser) -> None:
+    """Flags of build, info and rm; that only build takes --bits and its like is for the command to say."""
+    _model(parser)
+    parser.add_argument("--bits", "--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
+    parser.add_argument("--group", "--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
+    parser.add_argument("--method", choices=("hqq", "awq", "rtn"), help="quantizer (default: hqq)")
+
+
+def _river_trace(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".svg or .png (these need riverinfer[plots]) or .json, the figures alone; an existing file is replaced",
+    )
+    _runtime(parser, mode=False)
+    _river(parser)
+    _sampling(parser)
+    _template(parser)
+    _prompt(parser)
+    parser.set_defaults(mode="river", max_tokens=48)
+
+
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model_dir",
@@ -125,14 +152,16 @@ def _model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _runtime(parser: argparse.ArgumentParser) -> None:
+def _runtime(parser: argparse.ArgumentParser, *, mode: bool = True) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument(
-        "--mode",
-        choices=("exact", "river"),
-        default="exact",
-        help="exact: the checkpoint's own computation; river: tokens exit early into a quantized copy (default: exact)",
-    )
+    if mode:
+        group.add_argument(
+            "--mode",
+            choices=("exact", "river"),
+            default="exact",
+            help="exact: the checkpoint's own computation; river: tokens exit early into a quantized copy"
+            " (default: exact)",
+        )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: auto)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
@@ -146,14 +175,31 @@ def _river(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("river mode")
     group.add_argument("--tau", type=float, default=0.5, metavar="T", help="exit above this similarity (default: 0.5)")
     group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
+    group.add_argument("--max-depth", type=int, metavar="N", help="every token exits here at the latest")
     group.add_argument(
         "--gate",
         choices=("similarity", "fixed", "never", "always"),
         default="similarity",
         help="when tokens exit; fixed: after --min-depth layers (default: similarity)",
     )
+    group.add_argument(
+        "--prefill",
+        choices=("exact", "last", "min", "fixed"),
+        default="exact",
+        help="prompts: all backbone; exit by the last token or the least similar; fixed depth (default: exact)",
+    )
+    group.add_argument("--prefill-depth", type=int, metavar="N", help="with --prefill fixed (default: --min-depth)")
+    group.add_argument(
+        "--backbone-layers", type=int, metavar="N", help="load only the first N backbone layers; all tokens exit there"
+    )
     group.add_argument("--river-bits", type=int, choices=(4, 8), default=4, help="bits a weight (default: 4)")
     group.add_argument("--river-group", type=int, default=64, metavar="G", help="weights a scale, 0 = a row (8 bits)")
+    group.add_argument(
+        "--river-method",
+        choices=("hqq", "awq", "rtn"),
+        default="hqq",
+        help="quantizer; awq: hqq calibrated on a few texts, slow to make (default: hqq)",
+    )
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:

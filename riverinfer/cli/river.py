@@ -1,25 +1,29 @@
-"""``riverinfer river build|info|rm``: the quantized copies of models' linears in the cache."""
+"""``riverinfer river build|info|rm|trace``: the quantized copies of models' linears in the cache, and what they do."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from riverinfer.errors import InvalidRequestError
 from riverinfer.progress import ConsoleProgress
 
 if TYPE_CHECKING:
+    import torch
+
     from riverinfer.checkpoint import Checkpoint
+    from riverinfer.weights_convert.channel_scales import Calibration
     from riverinfer.weights_convert.river_artifact import RiverSettings
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``args.action``. ``build`` without a folder takes the demo model; ``info`` and ``rm`` then take all."""
-    actions = {"build": _build, "info": _info, "rm": _remove}
+    actions = {"build": _build, "info": _info, "rm": _remove, "trace": _trace}
     if args.action not in actions:
         raise InvalidRequestError(f"unknown action {args.action!r}", remedy=f"use {', '.join(actions)}")
-    if args.action != "build" and any(getattr(args, name) is not None for name in ("bits", "group", "method")):
+    if args.action in ("info", "rm") and any(getattr(args, name) is not None for name in ("bits", "group", "method")):
         raise InvalidRequestError(
             f"{args.action} takes no --bits, --group or --method", remedy="leave them out: it covers every river"
         )
@@ -36,7 +40,8 @@ def _build(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(model_dir(args))
     device = resolve_device(getattr(args, "device", None) or "auto")
     began = time.monotonic()
-    path = build_river(checkpoint, settings, device=device, progress=ConsoleProgress())
+    calibrate = partial(_calibrate, checkpoint, device)
+    path = build_river(checkpoint, settings, device=device, progress=ConsoleProgress(), calibrate=calibrate)
     seconds = time.monotonic() - began
     river = open_river(checkpoint, settings)
     weights = river.weights
@@ -47,6 +52,22 @@ def _build(args: argparse.Namespace) -> int:
         f"bits per weight  {8 * river.nbytes / weights:.2f} (scales and offsets included, {weights / 1e6:.1f}M weights)"
     )
     return 0
+
+
+def _calibrate(checkpoint: Checkpoint, device: torch.device) -> Calibration:
+    """The model's backbone, loaded for this alone, on the calibration texts."""
+    from riverinfer.calibration import MAX_TOKENS, calibrate
+    from riverinfer.loader import load_model, resolve_dtype
+    from riverinfer.memory import require_memory
+    from riverinfer.tokenizer import Tokenizer
+
+    config = checkpoint.config
+    dtype = resolve_dtype("auto", checkpoint.stored_dtype, device)
+    per_token = config.kv_bytes_per_token(dtype.itemsize)
+    weights = checkpoint.parameters * dtype.itemsize
+    require_memory(device, weights=weights, slots=1, ctx_size=MAX_TOKENS, bytes_per_token=per_token)
+    tokenizer = Tokenizer.load(checkpoint.model_dir, vocab_size=config.vocab_size)
+    return calibrate(load_model(checkpoint, device=device, dtype=dtype, progress=ConsoleProgress()), tokenizer)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -78,6 +99,12 @@ def _remove(args: argparse.Namespace) -> int:
     count = remove_rivers(_checkpoint(args))
     print(f"removed {count} river{'' if count == 1 else 's'}")
     return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from riverinfer.cli.river_trace import run as trace
+
+    return trace(args)
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint | None:

@@ -47,9 +47,14 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
         progress=ConsoleProgress(quiet_s=1.0),
         tau=args.tau,
         min_depth=args.min_depth,
+        max_depth=args.max_depth,
         gate=args.gate,
+        prefill=args.prefill,
+        prefill_depth=args.prefill_depth,
+        backbone_layers=args.backbone_layers,
         river_bits=args.river_bits,
         river_group=args.river_group,
+        river_method=args.river_method,
     )
 
 
@@ -59,8 +64,8 @@ def check_flags(args: argparse.Namespace) -> None:
     from riverinfer.weights_convert.river_artifact import RiverSettings
 
     sampling_params(args, {})
-    RiverOptions(tau=args.tau, min_depth=args.min_depth, gate=args.gate)
-    RiverSettings(bits=args.river_bits, group=args.river_group)
+    RiverOptions(args.tau, args.min_depth, args.max_depth, args.gate, args.prefill, args.prefill_depth)
+    RiverSettings(bits=args.river_bits, group=args.river_group, method=args.river_method)
     if args.chat_template is not None:
         read_text(args.chat_template)
     _system_prompt(args)
