@@ -17,8 +17,10 @@ from torch import Tensor
 from riverinfer.kernels import torch_ops
 
 FEW = 16  # tokens; longer steps are prefill
-# torch's CPU attention adds up positions sixteen at a time: within such a block the order does not change.
-_BLOCK = 16
+# torch's CPU attention adds up positions a vector at a time and then the rest: between two multiples of the vector the
+# order does not change. From 64 query rows on it multiplies another way, and so it does for a single one.
+_LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+_MAX_QUERIES = 63
 _packet = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _operator: Any = None if _packet is None else _packet.default
 
@@ -54,14 +56,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def spans(start: int, length: int, window: int | None, group: int, dtype: torch.dtype) -> list[Span]:
     """Who sees whom when positions start .. start + length - 1 join a cache; ``group`` query heads share a kv head.
 
-    Rows are together as long as they begin at the same position and end in the same block of sixteen.
+    Rows are together as long as they begin at the same position and end between the same multiples of a vector.
     """
     found: list[Span] = []
+    most = 1 if group == 1 else _MAX_QUERIES // group
     for row in range(length):
         end = start + row + 1
         first = 0 if window is None else max(0, end - window)
         last = found[-1] if found else None
-        if last is not None and last.first == first and (end - first - 1) // _BLOCK == (last.end - first - 1) // _BLOCK:
+        fits = last is not None and last.first == first and row - last.first_row < most
+        if last is not None and fits and (end - first) // _LANES == (last.end - first) // _LANES:
             last.end_row, last.end = row + 1, end
         else:
             found.append(Span(row, row + 1, first, end, None))

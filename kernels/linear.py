@@ -45,11 +45,11 @@ class PackedLinear:
         self.in_features = weight.shape[1]
         self.weight_bytes = weight.nbytes
         self.bias = bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         self._linear = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, self._packed, self.bias, "none", [], "")
+        return self._linear(x, self.packed, self.bias, "none", [], "")
 
 
 class AbsentLinear:

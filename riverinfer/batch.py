@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from riverinfer.errors import ContextLengthError, InvalidRequestError
-from riverinfer.gates import Gate
-from riverinfer.generation import Generation
+from riverinfer.gates import Gate, undefined_steps
+from riverinfer.generation import Generation, warn_of_undefined
 from riverinfer.outputs import Output
 from riverinfer.river import RiverOptions
 from riverinfer.sampling import SamplingParams
@@ -20,25 +20,36 @@ if TYPE_CHECKING:
 
 
 def generate_batch(
-    engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams], river: RiverOptions | None
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    mode: str,
+    river: RiverOptions | None,
 ) -> list[Output]:
     """Continue each prompt to its end; see ``Engine.generate_batch``. Prompts are read one after the other."""
+    if mode == "lossless":
+        river = None  # side by side the backbone's matrices are read once for all: there is little left to gain
+    elif river is not None and river.repair:
+        raise InvalidRequestError("is not done in batches", field="repair", remedy="leave it out")
     began = time.perf_counter()
     members: list[_Member] = []
     try:
         for ids, wanted in zip(prompts, params, strict=True):
             sequence = TokenSequence(engine.model, engine.ctx_size)
-            engine.slots.acquire(sequence)
             generation = engine.generation(ids, wanted, Output(), began=began)
-            members.append(_Member(sequence, generation, river))
-            member = members[-1]
+            member = _Member(sequence, generation, river)
+            members.append(member)
+            engine.slots.acquire(sequence)
             logits = engine.read_prompt(sequence, generation, river, member.trace)
             generation.step(generation.choose(logits[0]), member.trace)
         together = None
         if river is not None and river.scope == "batch":
             together = river.make_gate("min")
+        for member in members:
+            member.generation.resume()  # the prompts after its own are not its time
         active = members
         while active := [member for member in active if not member.done]:
+            before = undefined_steps(together)
             logits = engine.extend_batch(
                 [member.sequence for member in active],
                 [member.generation.context[-1] for member in active],
@@ -46,10 +57,13 @@ def generate_batch(
                 traces=[member.trace for member in active if member.trace is not None],
             )
             for row, member in enumerate(active):
+                member.undefined += undefined_steps(together) - before
                 member.generation.step(member.generation.choose(logits[row]), member.trace)
     finally:
         for member in members:
             engine.slots.release(member.sequence, keep=False)
+            member.generation.output.stats.undefined_similarities += member.undefined + undefined_steps(member.gate)
+        warn_of_undefined(sum(member.generation.output.stats.undefined_similarities for member in members))
     full = next((member.generation for member in members if not member.generation.finished), None)
     outputs = [member.generation.output for member in members]
     if full is not None:
@@ -69,6 +83,7 @@ class _Member:
         self.sequence, self.generation = sequence, generation
         self.gate: Gate | None = None
         self.trace: Trace | None = None
+        self.undefined = 0  # steps that the gate for all kept in the backbone for want of a number
         if river is not None:
             self.trace = Trace()
             if river.scope == "sequence":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from riverinfer.fast_walk import can_walk_fast, fast_walk
 from riverinfer.gates import Gate
 from riverinfer.model import Model
 from riverinfer.trace import Trace
@@ -66,20 +67,21 @@ def prefill(
     """Write K and V of ``ids`` from position ``start`` on, chunk by chunk.
 
     ``gate`` and ``trace`` are those of ``walk``; the gate decides once a chunk. ``on_chunk`` is called with the number
-    of ``ids`` whose K and V are complete.
+    of ``ids`` whose K and V are complete. Tokens that left the backbone have their logits from the river's head.
 
     Returns float32 logits: [T, vocab] with ``all_logits``, else [1, vocab] of the last token.
     """
     seq_len = start + len(ids)
+    trace = trace or Trace()
     rows = []
     for offset in range(0, len(ids), chunk):
         part = torch.tensor(ids[offset : offset + chunk], dtype=torch.int64, device=model.device)
-        h = walk(model, part, start + offset, kv, seq_len=seq_len, gate=gate, trace=trace)
+        h = _walk(model, part, start + offset, kv, seq_len=seq_len, gate=gate, trace=trace)
         if all_logits:
-            rows.append(model.logits(h))
+            rows.append(model.logits(h, river=trace.depth < len(model.layers)))
         if on_chunk is not None:
             on_chunk(min(offset + chunk, len(ids)))
-    return torch.cat(rows) if all_logits else model.logits(h[-1:])
+    return torch.cat(rows) if all_logits else model.logits(h[-1:], river=trace.depth < len(model.layers))
 
 
 @torch.inference_mode()
@@ -93,6 +95,8 @@ def decode_batch(
     traces: Sequence[Trace] = (),
 ) -> Tensor:
     """The walk of B sequences side by side, one token of each: float32 logits [B, vocab] for the next.
+
+    Rows that left the backbone have the logits of the river's head.
 
     ``gates``: none keeps all in the backbone; one a sequence lets each exit for itself, so that nobody's text depends
     on their neighbours; a single one sees all states, [B, H], and opens for all at once (with scope "min", the paper's
@@ -123,7 +127,14 @@ def decode_batch(
         h = h_next
     for trace, depth in zip(traces, depths, strict=False):
         trace.depth = depth
-    return model.logits(h)
+    early = [row for row in rows if depths[row] < len(model.layers)]
+    if model.river_head is None or len(early) in (0, len(ids)):
+        return model.logits(h, river=bool(early))
+    logits = torch.empty(len(ids), model.config.vocab_size, device=model.device)  # float32 [B, vocab]
+    logits[early] = model.logits(h[early], river=True)
+    late = [row for row in rows if row not in early]
+    logits[late] = model.logits(h[late])
+    return logits
 
 
 @torch.inference_mode()
@@ -136,6 +147,23 @@ def decode_one(
     gate: Gate | None = None,
     trace: Trace | None = None,
 ) -> Tensor:
-    """One token at ``position``: float32 logits [1, vocab] for the next."""
+    """One token at ``position``: float32 logits [1, vocab] for the next, from the river's head if it left."""
     ids = torch.tensor([token_id], dtype=torch.int64, device=model.device)
-    return model.logits(walk(model, ids, position, kv, gate=gate, trace=trace))
+    trace = trace or Trace()
+    h = _walk(model, ids, position, kv, gate=gate, trace=trace)
+    return model.logits(h, river=trace.depth < len(model.layers))
+
+
+def _walk(
+    model: Model,
+    ids: Tensor,
+    start: int,
+    kv: Sequence[tuple[Tensor, Tensor]],
+    *,
+    seq_len: int | None = None,
+    gate: Gate | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """``walk``, in its faster form where there is one."""
+    chosen = fast_walk if can_walk_fast(model, len(ids), gate, trace) else walk
+    return chosen(model, ids, start, kv, seq_len=seq_len, gate=gate, trace=trace)

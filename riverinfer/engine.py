@@ -18,29 +18,34 @@ from torch import Tensor
 from riverinfer.batch import check_batch, generate_batch
 from riverinfer.calibration import calibrate
 from riverinfer.checkpoint import Checkpoint
+from riverinfer.draft_policy import Costs
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
-from riverinfer.gates import Gate, SimilarityGate
-from riverinfer.generation import Generation
+from riverinfer.gates import Gate, undefined_steps
+from riverinfer.generation import Generation, warn_of_undefined
 from riverinfer.generation_config import GenerationConfig, load_generation_config
 from riverinfer.kernels.quantized_linear import quantized_bytes
 from riverinfer.kv_arena import KVArena
-from riverinfer.loader import load_model, resolve_device, resolve_dtype
+from riverinfer.loader import head_rows, load_model, resolve_device, resolve_dtype
+from riverinfer.lossless import LosslessRounds
 from riverinfer.memory import require_memory
+from riverinfer.memory_report import MemoryReport, memory_report
 from riverinfer.model import Model
 from riverinfer.outputs import Output, Step
 from riverinfer.progress import Progress
-from riverinfer.river import RiverOptions, attach_river
+from riverinfer.river import HEADS, RiverOptions, attach_river
+from riverinfer.river_head import river_head_bytes
 from riverinfer.sampling import SamplingParams, check_integer
 from riverinfer.sequence import SlotPool, TokenSequence, closed_error, extend_batch
 from riverinfer.tokenizer import Tokenizer
 from riverinfer.trace import Trace
 from riverinfer.weights_convert.quantize import check_shape
-from riverinfer.weights_convert.river_artifact import RiverSettings, find_river, linear_shapes
+from riverinfer.weights_convert.river_artifact import RiverSettings, find_river, head_group, linear_shapes
 
 if TYPE_CHECKING:
     from riverinfer.session import ChatSession
 
-MODES = ("exact", "river")
+MODES = ("lossless", "exact", "river")
+DRAFTS = ("auto", "river", "lookup")
 DEFAULT_CTX_SIZE = 4096
 MAX_THREADS = 1024
 
@@ -68,6 +73,7 @@ class Engine:
         self.generation_config = generation_config
         self.mode = mode
         self.river_options = river_options or RiverOptions()
+        self.costs = Costs()
         self.ctx_size, self.max_sequences = arena.ctx_size, arena.slots
         self.slots = SlotPool(arena)
         self._arena: KVArena | None = arena
@@ -96,6 +102,7 @@ class Engine:
         river_bits: int = 4,
         river_group: int = 64,
         river_method: str = "hqq",
+        river_head: str = "quantized",
     ) -> Engine:
         """Load a model folder.
 
@@ -110,6 +117,8 @@ class Engine:
         backbone_layers: in river mode, load only so many layers of the backbone; every token leaves there at the
             latest, prompts too, and exact calls are refused. None loads all. river_bits, river_group, river_method:
             the copy, see ``RiverSettings``; "awq" takes longer to make, and loses less.
+        river_head: "quantized" gives tokens that left the backbone logits from a 4-bit copy of the head, the highest
+            64 of them recomputed exactly, where a packed kernel reads it; "exact" the checkpoint's head.
         threads: CPU threads for torch, process-wide.
         check: refuse weights that are NaN or infinite. progress: called while weights are read.
 
@@ -120,6 +129,8 @@ class Engine:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
         options = RiverOptions(tau, min_depth, max_depth, gate, prefill, prefill_depth)
         settings = RiverSettings(bits=river_bits, group=river_group, method=river_method)
+        if river_head not in HEADS:
+            raise InvalidRequestError(f"is {river_head!r}", field="river_head", remedy=f"use {' or '.join(HEADS)}")
         check_integer("ctx_size", ctx_size, 0)
         check_integer("max_sequences", max_sequences, 1)
         if threads is not None:
@@ -143,6 +154,9 @@ class Engine:
             for rows, columns in linear_shapes(config).values():
                 check_shape((rows, columns), river_bits, river_group)
                 river_bytes += config.num_layers * quantized_bytes(rows, columns, river_bits, river_group, kind, place)
+            if river_head == "quantized":
+                group = head_group(config, settings)
+                river_bytes += river_head_bytes(config.vocab_size, config.hidden_size, group, dtype=kind, device=place)
         absent = (config.num_layers - held) * sum(rows * columns for rows, columns in linear_shapes(config).values())
         positions = effective_ctx_size(ctx_size, config.context_limit)
         if ctx_size > positions and ctx_size != DEFAULT_CTX_SIZE:
@@ -164,7 +178,8 @@ class Engine:
         if mode == "river":
             calibrated = partial(calibrate, model, tokenizer)
             river = find_river(checkpoint, settings, device=place, progress=progress, calibrate=calibrated)
-            attach_river(model, river)
+            attach_river(model, river, head_rows(checkpoint, model) if river_head == "quantized" else None)
+        model.script()
         return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
 
     def __enter__(self) -> Engine:
@@ -180,7 +195,8 @@ class Engine:
             self.slots.close()
             self.model.layers.clear()
             self.model.river.clear()
-            self.model.head = self.model.embed = None  # type: ignore[assignment]
+            self.model.backbone_script = self.model.river_script = None
+            self.model.head = self.model.embed = self.model.river_head = None  # type: ignore[assignment]
 
     @property
     def closed(self) -> bool:
@@ -192,7 +208,7 @@ class Engine:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Float32 [T, vocab]: row i is the prediction after ``token_ids[: i + 1]``."""
-        self.choose_river("exact", None)
+        self.choose_mode("exact", None)
         ids = self.check_ids(token_ids)
         sequence = TokenSequence(self.model, self.ctx_size)
         try:
@@ -239,9 +255,9 @@ class Engine:
         began = time.perf_counter()
         ids = self.encode_prompt(prompt)
         params = (params or self.default_params()).with_seed()
-        options = self.choose_river(mode, river, similarities)
+        how = self.choose_mode(mode, river, similarities)
         output = output if output is not None else Output()
-        return self._stream(ids, params, options, similarities, output, began)
+        return self._stream(ids, params, how, similarities, output, began)
 
     def generate_batch(
         self,
@@ -261,38 +277,44 @@ class Engine:
         several = params if isinstance(params, Sequence) else [params or self.default_params()] * len(prompts)
         check_batch(prompts, several, self.max_sequences)
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
-        options = self.choose_river(mode, river)
-        return generate_batch(self, encoded, [each.with_seed() for each in several], options)
+        mode, options = self.choose_mode(mode, river)
+        return generate_batch(self, encoded, [each.with_seed() for each in several], mode, options)
 
-    def choose_river(
+    def choose_mode(
         self, mode: str | None, options: RiverOptions | None, similarities: bool = False
-    ) -> RiverOptions | None:
-        """The river options of a call, None for exact mode. Raises InvalidRequestError if there is no river."""
+    ) -> tuple[str, RiverOptions | None]:
+        """The mode of a call and its river options: None in exact mode, and where there is no river to draft in.
+
+        Raises InvalidRequestError for what does not go together, or was not loaded.
+        """
         mode = mode or self.mode
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
-        if mode == "exact":
-            if similarities:
-                remedy = 'give mode="river" too'
-                raise InvalidRequestError("only river mode has them", field="similarities", remedy=remedy)
-            if options is not None:
-                raise InvalidRequestError("has no effect in exact mode", field="river", remedy='give mode="river" too')
-            if self.model.offloaded:
-                raise InvalidRequestError(
-                    f"only {self.model.held_layers} of {self.config.num_layers} backbone layers are loaded",
-                    field="mode",
-                    remedy='use mode="river", or load without backbone_layers (--backbone-layers)',
-                )
-            return None
+        if mode != "river" and self.model.offloaded:
+            raise InvalidRequestError(
+                f"only {self.model.held_layers} of {self.config.num_layers} backbone layers are loaded",
+                field="mode",
+                remedy='use mode="river", or load without backbone_layers (--backbone-layers)',
+            )
+        for field, wanted in (("similarities", similarities), ("river", options is not None)):
+            if wanted and mode == "exact":
+                raise InvalidRequestError("has no effect in exact mode", field=field, remedy='give mode="river" too')
         if not self.model.river:
-            raise InvalidRequestError("no river is loaded", field="mode", remedy='load the engine with mode="river"')
-        return (options or self.river_options).limited(self.config.num_layers, self.model.held_layers)
+            if mode == "river" or options is not None:
+                remedy = 'load the engine with mode="river"'
+                raise InvalidRequestError("no river is loaded", field="mode", remedy=remedy)
+            return mode, None
+        if mode == "exact":
+            return mode, None
+        # Drafts go straight through the river: what passes the backbone first costs more than it is accepted more.
+        default = self.river_options if mode == "river" else RiverOptions(gate="always")
+        return mode, (options or default).limited(self.config.num_layers, self.model.held_layers)
 
     def _stream(
         self,
         ids: list[int],
         params: SamplingParams,
-        options: RiverOptions | None,
+        how: tuple[str, RiverOptions | None],
         similarities: bool,
         output: Output,
         began: float,
@@ -300,7 +322,7 @@ class Engine:
         sequence = TokenSequence(self.model, self.ctx_size)
         try:
             self.slots.acquire(sequence)
-            yield from self.run(sequence, ids, params, output, began=began, river=options, similarities=similarities)
+            yield from self.run(sequence, ids, params, output, began=began, how=how, similarities=similarities)
         finally:
             self.slots.release(sequence, keep=False)
 
@@ -372,6 +394,14 @@ class Engine:
             self._require_open()
             return sequence.extend(ids, all_logits=all_logits, gate=gate, trace=trace)
 
+    def draft(
+        self, sequence: TokenSequence, token: int, ahead: int, *, gate: Gate | None, trace: Trace | None = None
+    ) -> Tensor:
+        """``sequence.draft`` under the engine's lock."""
+        with self._step_lock:
+            self._require_open()
+            return sequence.draft(token, ahead, gate=gate, trace=trace)
+
     def extend_batch(
         self, sequences: Sequence[TokenSequence], ids: Sequence[int], *, gates: Sequence[Gate], traces: Sequence[Trace]
     ) -> Tensor:
@@ -388,35 +418,56 @@ class Engine:
         output: Output,
         *,
         began: float,
-        river: RiverOptions | None = None,
+        how: tuple[str, RiverOptions | None] = ("exact", None),
         similarities: bool = False,
         extra_stop_ids: Sequence[int] = (),
     ) -> Iterator[Step]:
-        """Generate after ``ids`` on a sequence that has a slot, reusing what it has cached. ``river``: None is exact.
+        """Generate after ``ids`` on a sequence that has a slot, reusing what it has cached. ``how``: ``choose_mode``'s.
 
         Fills ``output`` before each step is yielded. Raises ContextLengthError when the context is full.
         """
+        mode, river = how
         generation = self.generation(ids, params, output, began=began, extra_stop_ids=extra_stop_ids)
-        gate, trace = None, None
-        if river is not None:
-            gate, trace = river.make_gate(), Trace(similarities=[] if similarities else None)
+        gate = None if river is None else river.make_gate()
         try:
-            logits = self.read_prompt(sequence, generation, river, trace)
-            while True:
-                yield generation.step(generation.choose(logits[0]), trace)
-                if generation.finished:
-                    return
-                generation.require_room()
-                generation.resume()
-                logits = self.extend(sequence, generation.context[-1:], gate=gate, trace=trace)
+            if mode == "lossless":
+                logits = self.read_prompt(sequence, generation, None)
+                yield from LosslessRounds(self, sequence, generation, gate=gate, similarities=similarities).run(logits)
+            else:
+                yield from self._one_by_one(sequence, generation, river, gate, similarities)
         finally:
-            if isinstance(gate, SimilarityGate) and gate.not_a_number:
-                output.stats.undefined_similarities = gate.not_a_number
-                warnings.warn(
-                    f"{gate.not_a_number} tokens had hidden states that are no numbers; they stayed in the backbone",
-                    RiverinferWarning,
-                    stacklevel=2,
-                )
+            output.stats.undefined_similarities += undefined_steps(gate)
+            warn_of_undefined(output.stats.undefined_similarities)
+
+    def _one_by_one(
+        self,
+        sequence: TokenSequence,
+        generation: Generation,
+        river: RiverOptions | None,
+        gate: Gate | None,
+        similarities: bool,
+    ) -> Iterator[Step]:
+        """Exact and river mode: every step a token."""
+        trace = None if river is None else Trace(similarities=[] if similarities else None)
+        logits = self.read_prompt(sequence, generation, river, trace)
+        while True:
+            yield generation.step(generation.choose(logits[0]), trace)
+            if generation.finished:
+                return
+            generation.require_room()
+            generation.resume()
+            if river is not None and river.repair and len(sequence.tokens) - sequence.exact >= river.repair:
+                self._repair(sequence, generation)
+            logits = self.extend(sequence, generation.context[-1:], gate=gate, trace=trace)
+
+    def _repair(self, sequence: TokenSequence, generation: Generation) -> None:
+        stats, began = generation.output.stats, time.perf_counter()
+        with self._step_lock:
+            self._require_open()
+            rewritten, others = sequence.repair()
+        stats.repaired += rewritten
+        stats.repair_disagreements += others
+        stats.repair_s += time.perf_counter() - began
 
     def generation(
         self,
@@ -451,7 +502,15 @@ class Engine:
         gate = None if river is None else river.make_prefill_gate()
         logits = self.extend(sequence, ids[stats.cached_tokens :], gate=gate, trace=trace)
         stats.prefill_s = time.perf_counter() - started
+        stats.undefined_similarities += undefined_steps(gate)
         return logits
+
+    def memory(self) -> MemoryReport:
+        """What the engine holds, part by part, next to what is measured. Raises EngineClosedError."""
+        with self._step_lock:
+            if self._arena is None:
+                raise closed_error()
+            return memory_report(self.model, self._arena)
 
     def _require_open(self) -> None:
         if self._arena is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class SimilarityGate:
 
     min_depth: backbone layers every token passes. max_depth: the gate is forced open there.
     scope: for steps of several tokens (prefill) the similarity of the "last" token or the "min" over all.
-    A similarity that is not a number keeps the token in the backbone; ``not_a_number`` counts them.
+    A similarity that is not a number keeps the token in the backbone; ``not_a_number`` counts the steps that met one.
     Raises InvalidRequestError for values out of range.
     """
 
@@ -55,6 +55,7 @@ class SimilarityGate:
     max_depth: int | None = None
     scope: str = "last"
     not_a_number: int = 0
+    _counted: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.tau, (int, float, list, tuple)):
@@ -69,6 +70,7 @@ class SimilarityGate:
             raise InvalidRequestError(f"is {self.scope!r}", field="scope", remedy=f"use {' or '.join(SCOPES)}")
 
     def start(self) -> bool:
+        self._counted = False
         return self.max_depth == 0
 
     def __call__(self, layer: int, h: Tensor, h_next: Tensor) -> bool:
@@ -80,7 +82,9 @@ class SimilarityGate:
         rows = slice(-1, None) if self.scope == "last" else slice(None)
         value = float(similarity(h[rows], h_next[rows]).min())
         if value != value:
-            self.not_a_number += 1
+            # What is no number stays none in all further layers: that is one step, not many.
+            self.not_a_number += not self._counted
+            self._counted = True
             return False
         return value > self._tau(layer)
 
@@ -88,6 +92,11 @@ class SimilarityGate:
         if isinstance(self.tau, (int, float)):
             return self.tau
         return self.tau[min(layer, len(self.tau) - 1)]
+
+
+def undefined_steps(gate: Gate | None) -> int:
+    """How many steps a gate kept in the backbone because their similarity was not a number."""
+    return gate.not_a_number if isinstance(gate, SimilarityGate) else 0
 
 
 @dataclass

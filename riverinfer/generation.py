@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Collection
 
 from torch import Tensor
 
 from riverinfer.detokenizer import StreamingDetokenizer
-from riverinfer.errors import ContextLengthError
+from riverinfer.errors import ContextLengthError, RiverinferWarning
 from riverinfer.outputs import Output, Step
 from riverinfer.sampling import Sampled, Sampler, SamplingParams
 from riverinfer.stop_strings import StopStrings
 from riverinfer.tokenizer import Tokenizer
 from riverinfer.trace import Trace
+
+
+def warn_of_undefined(steps: int) -> None:
+    """Tell the user of hidden states that were no numbers, if there were any."""
+    if steps:
+        warnings.warn(
+            f"in {steps} steps hidden states were no numbers; their tokens stayed in the backbone",
+            RiverinferWarning,
+            stacklevel=3,
+        )
 
 
 class Generation:
@@ -54,12 +65,27 @@ class Generation:
         """The last token has no position in the context any more."""
         return len(self.context) > self._ctx_size
 
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still come, by ``max_tokens`` and the context."""
+        room = self._ctx_size + 1 - len(self.context)
+        wanted = self.params.max_tokens
+        return room if wanted is None else min(room, wanted - self.output.stats.new_tokens)
+
+    def ends(self, token: int) -> bool:
+        """Whether this token would end the text."""
+        return token in self._stop_ids
+
     def choose(self, logits: Tensor) -> Sampled:
         """The next token after ``context`` from logits float32 [vocab]."""
         return self.sampler(logits, self.context)
 
-    def step(self, sampled: Sampled, trace: Trace | None = None) -> Step:
-        """Append a token. ``trace``: the walk that predicted it, in river mode; its depth and similarities are kept."""
+    def step(self, sampled: Sampled, trace: Trace | None = None, source: str | None = None) -> Step:
+        """Append a token.
+
+        trace: the walk that predicted it, in river mode; its depth and similarities are kept. source: in lossless
+        mode, who proposed it.
+        """
         params, stats, token = self.params, self.output.stats, sampled.token_id
         stats.new_tokens += 1
         now = time.perf_counter()
@@ -86,7 +112,7 @@ class Generation:
         if trace is not None:
             depth, similarities = trace.depth, trace.last_similarities()
             stats.exit_depths[depth] = stats.exit_depths.get(depth, 0) + 1
-        step = Step(text, token, sampled.logprob, sampled.top_logprobs, reason, depth, similarities)
+        step = Step(text, token, sampled.logprob, sampled.top_logprobs, reason, depth, similarities, source)
         self.output.add(step)
         return step
 

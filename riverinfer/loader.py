@@ -10,7 +10,7 @@ from torch import Tensor
 from riverinfer.checkpoint import Checkpoint, TensorReader
 from riverinfer.config import DTYPES
 from riverinfer.errors import InvalidRequestError, WeightsError
-from riverinfer.kernels.linear import AbsentLinear, Linear, make_linear, packing_works
+from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear, make_linear, packing_works
 from riverinfer.model import DecoderLayer, Model
 from riverinfer.progress import Progress
 
@@ -84,6 +84,20 @@ def load_model(
         embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check)
     report("Loading weights", total, total, "layers")
     return Model(config, embed=embed, layers=layers, final_norm=final_norm, head=head, dtype=dtype, device=device)
+
+
+def head_rows(checkpoint: Checkpoint, model: Model) -> Callable[[Tensor], Tensor]:
+    """Lookup of rows of the head, int64 [n] to float32 [n, H] on the model's device. No copy of it is made.
+
+    A head that was blocked at load is looked up in its mapped file, in the dtype it is stored in.
+    """
+    if checkpoint.head_name == "model.embed_tokens.weight":
+        return model.embed
+    if isinstance(model.head, PlainLinear):
+        weight = model.head.weight
+        return lambda ids: weight[ids].float()
+    with checkpoint.reader() as reader:
+        return _embedding(reader(checkpoint.head_name), model.device, model.dtype, check=False)
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -162,13 +176,24 @@ def _load_layer(place: _Placer, checkpoint: Checkpoint, index: int) -> DecoderLa
     )
 
 
-def _embedding(table: Tensor, device: torch.device, dtype: torch.dtype, check: bool) -> Callable[[Tensor], Tensor]:
-    """Lookup of rows as float32. On a CPU the table is the mapped file, in the dtype it is stored in."""
+class Embedding:
+    """Lookup of rows, int64 [n] to float32 [n, H]. ``mapped``: the table stays in its file."""
+
+    def __init__(self, table: Tensor, *, mapped: bool) -> None:
+        self._table = table
+        self.mapped, self.nbytes = mapped, table.nbytes
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self._table[ids].float()
+
+
+def _embedding(table: Tensor, device: torch.device, dtype: torch.dtype, check: bool) -> Embedding:
+    """On a CPU the table is the mapped file, in the dtype it is stored in."""
     if check:
         _require_finite(table, "model.embed_tokens.weight")
-    if device.type != "cpu":
-        table = table.to(device=device, dtype=dtype)
-    return lambda ids: table[ids].float()
+    if device.type == "cpu":
+        return Embedding(table, mapped=True)
+    return Embedding(table.to(device=device, dtype=dtype), mapped=False)
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:

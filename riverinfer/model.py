@@ -12,6 +12,7 @@ from riverinfer.config import ModelConfig
 from riverinfer.kernels import few_rows
 from riverinfer.kernels.few_rows import Span, rms_norm
 from riverinfer.kernels.linear import AbsentLinear, Linear
+from riverinfer.kernels.scripted import ScriptedLayers, script_layers
 from riverinfer.kernels.torch_ops import attention, causal_mask, rotate, silu_mul
 from riverinfer.kernels.torch_ops import rms_norm as rms_norm_heads
 from riverinfer.rope import Rope, query_scale
@@ -112,12 +113,22 @@ class Model:
         self.embed = embed  # int64 [T] -> float32 [T, H] on device
         self.layers = layers  # the backbone
         self.river: list[DecoderLayer] = []  # the same layers with quantized matrices, once loaded
+        self.backbone_script: ScriptedLayers | None = None  # the same layers, few tokens a call, on a CPU
+        self.river_script: ScriptedLayers | None = None
+        self.river_head: Callable[[Tensor], Tensor] | None = None  # as ``RiverHead``, where there is one
         self.final_norm = final_norm
         self.head = head
         self.dtype = dtype
         self.device = device
         self.rope = Rope(config.rope, device)
         self._windows = set(config.windows)
+
+    def script(self) -> None:
+        """Prepare the faster form of the layers, where there is one. Needed again when layers are replaced."""
+        self.backbone_script = self.river_script = None
+        if self.device.type == "cpu" and few_rows.attention_works():
+            self.backbone_script = script_layers(self.layers[: self.held_layers])
+            self.river_script = script_layers(self.river)
 
     @property
     def held_layers(self) -> int:
@@ -150,9 +161,15 @@ class Model:
             spans=spans,
         )
 
-    def logits(self, h: Tensor) -> Tensor:
-        """Hidden states float32 [T, H] after the last layer to float32 logits [T, vocab]."""
-        return self.head(rms_norm(h, self.final_norm, self.config.rms_norm_eps, self.dtype)).float()
+    def logits(self, h: Tensor, *, river: bool = False) -> Tensor:
+        """Hidden states float32 [T, H] after the last layer to float32 logits [T, vocab].
+
+        ``river``: through the river's head, if it has one.
+        """
+        x = rms_norm(h, self.final_norm, self.config.rms_norm_eps, self.dtype)
+        if river and self.river_head is not None:
+            return self.river_head(x)
+        return self.head(x).float()
 
     @property
     def weight_bytes(self) -> int:

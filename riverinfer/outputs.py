@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """One drafted token, the probability of the draft's likeliest one, and, from the river, the walk that gave it."""
+
+    token: int
+    confidence: float
+    depth: int | None = None
+    similarities: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -17,6 +29,8 @@ class Step:
     exit_depth: in river mode, how many backbone layers the position that predicted this token passed; else None.
     similarities: if asked for, of that position the cosine of the states entering and leaving each layer; NaN where a
         state was no number.
+    source: in lossless mode, who proposed the token that the backbone then chose: "river", "lookup" (it followed an
+        earlier occurrence of the same words) or "backbone" (nobody: it is the correction or the one more).
     """
 
     text: str
@@ -26,6 +40,89 @@ class Step:
     finish_reason: str | None = None
     exit_depth: int | None = None
     similarities: tuple[float, ...] = ()
+    source: str | None = None
+
+
+@dataclass
+class DraftStats:
+    """What lossless mode's drafts were and how the backbone judged them; one judged draft is one comparison of both.
+
+    rounds: verified batches; exact_steps of them had no draft. drafted and accepted: tokens by source ("river",
+    "lookup"). The pairs [accepted, judged] count river drafts by position in the draft (from 0), by tenths of the
+    draft's own confidence, by its exit depth, and, if similarities were asked for, by tenths of the similarity at the
+    layer where it left the backbone (of the first layer, if it never was in it). What follows the first refusal in a
+    draft is not judged. draft_s and verify_s are seconds.
+    """
+
+    rounds: int = 0
+    exact_steps: int = 0
+    drafted: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    by_position: dict[int, list[int]] = field(default_factory=dict)
+    by_confidence: dict[int, list[int]] = field(default_factory=dict)
+    by_depth: dict[int, list[int]] = field(default_factory=dict)
+    by_similarity: dict[int, list[int]] = field(default_factory=dict)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+    def note(
+        self,
+        source: str | None,
+        judged: Sequence[Drafted],
+        accepted: int,
+        drafted: int,
+        draft_s: float,
+        verify_s: float,
+    ) -> None:
+        """A round ended: of ``drafted`` tokens the first ``accepted`` were; ``judged`` may hold the next one too."""
+        self.rounds += 1
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+        if source is None:
+            self.exact_steps += 1
+            return
+        self.drafted[source] = self.drafted.get(source, 0) + drafted
+        self.accepted[source] = self.accepted.get(source, 0) + accepted
+        if source != "river":
+            return
+        for position, draft in enumerate(judged[: accepted + 1]):
+            keys = [(self.by_position, position), (self.by_confidence, min(9, int(draft.confidence * 10)))]
+            if draft.depth is not None:
+                keys.append((self.by_depth, draft.depth))
+            if draft.similarities:
+                similarity = draft.similarities[max(0, (draft.depth or 0) - 1)]
+                if similarity == similarity:
+                    keys.append((self.by_similarity, min(9, max(-10, math.floor(similarity * 10)))))
+            for table, key in keys:
+                pair = table.setdefault(key, [0, 0])
+                pair[0] += position < accepted
+                pair[1] += 1
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of judged river drafts that the backbone would have said too; None before any was judged."""
+        judged = sum(pair[1] for pair in self.by_position.values())
+        return sum(pair[0] for pair in self.by_position.values()) / judged if judged else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every figure by name; tables as lists of {from (or position, depth), accepted, judged}."""
+
+        def rows(table: dict[int, list[int]], name: str, scale: float = 1) -> list[dict[str, float]]:
+            return [{name: key * scale, "accepted": yes, "judged": n} for key, (yes, n) in sorted(table.items())]
+
+        return {
+            "rounds": self.rounds,
+            "exact_steps": self.exact_steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "agreement": self.agreement,
+            "draft_s": self.draft_s,
+            "verify_s": self.verify_s,
+            "by_position": rows(self.by_position, "position"),
+            "by_confidence": rows(self.by_confidence, "from", 0.1),
+            "by_depth": rows(self.by_depth, "depth"),
+            "by_similarity": rows(self.by_similarity, "from", 0.1),
+        }
 
 
 @dataclass
@@ -35,7 +132,11 @@ class Stats:
     prompt_tokens includes cached_tokens, the ones whose K and V an earlier turn had left. ttft_s runs from the call
     to the first token, text processing included. decode_s covers the tokens after the first.
     exit_depths: in river mode, how many tokens were predicted at each depth; empty in exact mode.
-    undefined_similarities: how often a gate met hidden states that are no numbers and kept the token in the backbone.
+    undefined_similarities: steps in which a gate met hidden states that are no numbers and kept the token in the
+    backbone.
+    drafts: in lossless mode, what was drafted and accepted.
+    repaired: in river mode with repair, positions whose K and V the backbone rewrote; repair_disagreements: after how
+        many of them its likeliest token is another than was said; repair_s: seconds, part of decode_s.
     """
 
     prompt_tokens: int = 0
@@ -46,6 +147,10 @@ class Stats:
     decode_s: float = 0.0
     exit_depths: dict[int, int] = field(default_factory=dict)
     undefined_similarities: int = 0
+    drafts: DraftStats | None = None
+    repaired: int = 0
+    repair_disagreements: int = 0
+    repair_s: float = 0.0
 
     @property
     def mean_exit_depth(self) -> float | None:
@@ -69,6 +174,11 @@ class Stats:
             river["mean_exit_depth"] = self.mean_exit_depth
         if self.undefined_similarities:
             river["undefined_similarities"] = self.undefined_similarities
+        if self.repaired:
+            river["repaired"], river["repair_s"] = self.repaired, self.repair_s
+            river["repair_disagreements"] = self.repair_disagreements
+        if self.drafts is not None:
+            river["drafts"] = self.drafts.as_dict()
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -96,6 +206,7 @@ class Output:
     stats: Stats = field(default_factory=Stats)
     exit_depths: list[int] = field(default_factory=list)  # a token each, in river mode
     similarities: list[tuple[float, ...]] = field(default_factory=list)  # a token each, if asked for
+    sources: list[str] = field(default_factory=list)  # a token each, in lossless mode
 
     def add(self, step: Step) -> None:
         """Append one step."""
@@ -108,4 +219,6 @@ class Output:
             self.exit_depths.append(step.exit_depth)
         if step.similarities:
             self.similarities.append(step.similarities)
+        if step.source is not None:
+            self.sources.append(step.source)
         self.finish_reason = step.finish_reason

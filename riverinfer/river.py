@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from riverinfer.gates import FixedDepth, Gate, SimilarityGate, never
 from riverinfer.kernels.linear import Linear
 from riverinfer.kernels.quantized_linear import make_quantized_linear
 from riverinfer.model import DecoderLayer, Model
+from riverinfer.river_head import make_river_head
 from riverinfer.sampling import check_integer
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 GATES = ("similarity", "fixed", "never", "always")
 PREFILLS = ("exact", "last", "min", "fixed")
 SCOPES = ("sequence", "batch")
+HEADS = ("quantized", "exact")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class RiverOptions:
     scope: in ``Engine.generate_batch``, "sequence" lets each exit for itself, "batch" all at once, when the least
         similar one may (the paper).
 
+    repair: every so many tokens one batched backbone pass rewrites their K and V exactly; the text stays as it was
+        said. 0 never does.
+
     Raises InvalidRequestError for values out of range.
     """
 
@@ -48,11 +53,13 @@ class RiverOptions:
     prefill: str = "exact"
     prefill_depth: int | None = None
     scope: str = "sequence"
+    repair: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("gate", GATES), ("prefill", PREFILLS), ("scope", SCOPES)):
             if getattr(self, name) not in known:
                 raise InvalidRequestError(f"is {getattr(self, name)!r}", field=name, remedy=f"use {', '.join(known)}")
+        check_integer("repair", self.repair, 0)
         if self.prefill_depth is not None:
             check_integer("prefill_depth", self.prefill_depth, 0)
         SimilarityGate(self.tau, self.min_depth, self.max_depth)
@@ -72,6 +79,10 @@ class RiverOptions:
         if held == layers:
             return self
         options = replace(self, max_depth=held if self.max_depth is None else min(self.max_depth, held))
+        if self.repair:
+            raise InvalidRequestError(
+                f"needs the whole backbone, {held} layers of {layers} are loaded", field="repair", remedy="leave it out"
+            )
         if self.prefill == "exact":
             options = replace(options, prefill="fixed", prefill_depth=held)
         return options
@@ -96,12 +107,19 @@ class RiverOptions:
 
 
 @torch.inference_mode()
-def attach_river(model: Model, river: River) -> None:
+def attach_river(model: Model, river: River, head_rows: Callable[[Tensor], Tensor] | None = None) -> None:
     """Give ``model`` the river layers of an artifact: the same decoder layers with quantized matrices.
+
+    ``head_rows`` are those of ``loader.head_rows``: with them the river also gets the artifact's head, where that is
+    of use (see ``make_river_head``). Without, the exact head serves.
 
     Rotary tables and biases are the backbone's own tensors; so are norms, unless they bear a channel scale: a linear
     that was quantized as W * s reads x / s, and the norm before it divides.
     """
+    # The head comes first: to unpack it takes several times its size, room that the layers fill afterwards.
+    model.river_head = None
+    if head_rows is not None:
+        model.river_head = make_river_head(river.head(), head_rows, dtype=model.dtype, device=model.device)
     model.river = [_river_layer(layer, river, index, model) for index, layer in enumerate(model.layers)]
 
 

@@ -36,6 +36,11 @@ class Rope:
             self._tables[regime] = self._compute(0, positions, self._fixed[regime])
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the reserved tables."""
+        return sum(cos.nbytes + sin.nbytes for cos, sin in self._tables.values())
+
+    @property
     def length_dependent(self) -> bool:
         """True if K of early positions depends on how long the sequence has become since."""
         return self.config.rope_type in ("dynamic", "longrope")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,29 +104,48 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses tokens for one request. Holds the request's random state."""
+    """Chooses tokens for one request.
+
+    A draw is the minimum of E / p over the tokens, E exponential: token i then wins with probability p_i (the race form
+    of the Gumbel-max trick). E comes from a counter, not from a state: seed, position and token id give it. So the
+    choice at a position does not depend on what was drawn before it or by whom, and two distributions that are alike
+    choose alike.
+    """
 
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         """``vocab_size``: ids from here on (padding rows of the head) are never chosen."""
         self.params = params
         self._vocab_size = vocab_size
-        # Python's generator takes every bit of the seed; torch's would use the low 32.
-        self._random = random.Random(params.seed if params.seed is not None else secrets.randbits(32))
+        self._seed = _mix(params.seed if params.seed is not None else secrets.randbits(32))
 
     def __call__(self, logits: Tensor, context: Sequence[int]) -> Sampled:
-        """logits float32 [vocab]; ``context``: prompt and answer so far, for the repetition penalty."""
+        """logits float32 [vocab]; ``context``: prompt and answer so far, which the repetition penalty looks at."""
         row = logits[: self._vocab_size]
-        if not self.params.temperature and self.params.repetition_penalty == 1.0:
-            token = int(row.argmax())
-        else:
-            ids, probabilities = self.distribution(row, context)
-            token = int(ids[self._draw(probabilities)])
+        token, _ = self._choose(row, context)
         normalizer = row.logsumexp(0)
         top: tuple[tuple[int, float], ...] = ()
         if self.params.logprobs:
             values, indices = row.topk(min(self.params.logprobs, len(row)))
             top = tuple(zip(indices.tolist(), (values - normalizer).tolist(), strict=True))
         return Sampled(token, float(row[token] - normalizer), top)
+
+    def guess(self, logits: Tensor, context: Sequence[int]) -> tuple[int, float]:
+        """What would be chosen if ``logits`` were the model's own, and how probable the likeliest token is."""
+        row = logits[: self._vocab_size]
+        token, probability = self._choose(row, context)
+        if probability is None:
+            probability = float((row[token] - row.logsumexp(0)).exp())
+        return token, probability
+
+    def _choose(self, row: Tensor, context: Sequence[int]) -> tuple[int, float | None]:
+        """The token, and where it is known already the largest probability of the filtered distribution."""
+        if not self.params.temperature and self.params.repetition_penalty == 1.0:
+            return int(row.argmax()), None
+        ids, probabilities = self.distribution(row, context)
+        if len(ids) == 1:
+            return int(ids[0]), None
+        race = _exponential(self._seed, len(context), ids) / probabilities
+        return int(ids[race.argmin()]), float(probabilities.max())
 
     def distribution(self, row: Tensor, context: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The tokens that can be chosen and their probabilities: (int64 [n], float64 [n] summing to 1)."""
@@ -155,12 +173,38 @@ class Sampler:
             ids = torch.arange(len(row), device=row.device)
         return ids, row.softmax(0)
 
-    def _draw(self, probabilities: Tensor) -> int:
-        if len(probabilities) == 1:
-            return 0
-        cumulative = probabilities.cpu().cumsum(0)
-        index = int(torch.searchsorted(cumulative, self._random.random() * cumulative[-1], right=True))
-        return min(index, len(probabilities) - 1)
+
+_MASK = (1 << 64) - 1
+_GAMMA, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _mix(value: int) -> int:
+    """The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on a number of any size."""
+    mixed = 0
+    while True:
+        z = (mixed ^ value) & _MASK
+        z = (z + _GAMMA) & _MASK
+        z = ((z ^ (z >> 30)) * _M1) & _MASK
+        z = ((z ^ (z >> 27)) * _M2) & _MASK
+        mixed, value = z ^ (z >> 31), value >> 64
+        if not value:
+            return mixed
+
+
+def _exponential(seed: int, position: int, ids: Tensor) -> Tensor:
+    """Exponential variates float64 [n] for token ids int64 [n]: SplitMix64 started at (seed, position), step id + 1."""
+
+    def signed(number: int) -> int:
+        return number - (1 << 64) if number >> 63 else number
+
+    def shifted(z: Tensor, bits: int) -> Tensor:
+        return (z >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift
+
+    z = (ids + 1) * signed(_GAMMA) + signed(_mix(seed ^ _mix(position)))
+    z = (z ^ shifted(z, 30)) * signed(_M1)
+    z = (z ^ shifted(z, 27)) * signed(_M2)
+    z = shifted(z ^ shifted(z, 31), 11)  # 53 bits
+    return -torch.log((z.double() + 0.5) * 2.0**-53)
 
 
 def _nucleus(row: Tensor, top_p: float, *, ordered: bool) -> tuple[Tensor, Tensor]:

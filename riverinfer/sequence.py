@@ -47,7 +47,8 @@ class TokenSequence:
         """Roll back to the first ``length`` tokens. No memory is touched."""
         if length >= len(self.tokens):
             return
-        if self.model.rope.length_dependent and self.model.rope.scaled_by_length(self._rope_len):
+        rope = self.model.rope
+        if rope.scaled_by_length(self._rope_len) and not (rope.regime(self._rope_len) and rope.regime(length)):
             length = 0  # K of early positions carries the frequencies of the longer sequence
         # An interrupt between two lines may leave too low a claim of exactness, never too high a one.
         self.exact = min(self.exact, length)
@@ -120,6 +121,34 @@ class TokenSequence:
             )
         return logits
 
+    def draft(self, token: int, ahead: int, *, gate: Gate | None, trace: Trace | None = None) -> Tensor:
+        """One token ``ahead`` positions beyond the end: float32 logits [1, vocab].
+
+        Its K and V lie where only further drafts read them; the sequence does not grow.
+        """
+        position = len(self.tokens) + ahead
+        return decode.decode_one(self.model, token, position, self._kv, gate=gate, trace=trace)
+
+    def steps_alike(self, count: int) -> bool:
+        """Whether ``count`` more tokens at once get the K that they get one by one: no length-dependent rotation."""
+        rope, end = self.model.rope, len(self.tokens) + count
+        by_length = rope.scaled_by_length(end) and not rope.regime(end)
+        return not by_length and not self.crosses_regime(count)
+
+    def repair(self) -> tuple[int, int]:
+        """Compute all positions that are not exact again in the backbone, in one pass, and rewrite their K and V.
+
+        Returns how many there were, and after how many of them the backbone's likeliest token is not the one that
+        follows. Never fewer tokens than before, whatever interrupts: what is not rewritten stays the river's.
+        """
+        ids, start = self.tokens[self.exact :], self.exact
+        if not ids:
+            return 0, 0
+        self.truncate(start)
+        logits = self.extend(ids, all_logits=True)
+        said = torch.tensor(ids[1:], device=logits.device)
+        return len(ids), int((logits[:-1].argmax(-1) != said).sum())
+
     def crosses_regime(self, count: int) -> bool:
         """Whether ``count`` more tokens change the rotary frequencies of all that is cached (longrope)."""
         rope, cached = self.model.rope, len(self.tokens)
@@ -149,8 +178,11 @@ def extend_batch(
     if any(sequence.crosses_regime(1) for sequence in sequences):
         # Rare (longrope at its border), and a recomputation of the whole sequence: one by one.
         rows = []
+        # Those that are recomputed stay in the backbone; under a gate for all, so do the others.
+        shared = len(gates) == 1
+        together = FixedDepth(model.held_layers) if model.offloaded else None
         for row, (sequence, token) in enumerate(zip(sequences, ids, strict=True)):
-            gate = gates[row if len(gates) > 1 else 0] if gates else None
+            gate = together if shared or not gates else gates[row]
             rows.append(sequence.extend([token], gate=gate, trace=traces[row] if traces else None))
         return torch.cat(rows)
     traces = traces or [Trace() for _ in sequences]

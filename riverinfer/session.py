@@ -210,8 +210,8 @@ class ChatSession:
         ids = self.engine.check_ids(self._encode(text))
         params = (params or self.engine.default_params()).with_seed()
         output = output if output is not None else Output()
-        options = self.engine.choose_river(mode, river, similarities)
-        generator = self._run(messages, text, ids, params, options, similarities, output, began)
+        how = self.engine.choose_mode(mode, river, similarities)
+        generator = self._run(messages, text, ids, params, how, similarities, output, began)
         self._current, self._owner = weakref.ref(generator), threading.get_ident()
         return generator
 
@@ -221,7 +221,7 @@ class ChatSession:
         text: str,
         ids: list[int],
         params: SamplingParams,
-        river: RiverOptions | None,
+        how: tuple[str, RiverOptions | None],
         similarities: bool,
         output: Output,
         began: float,
@@ -236,7 +236,7 @@ class ChatSession:
                 params,
                 output,
                 began=began,
-                river=river,
+                how=how,
                 similarities=similarities,
                 extra_stop_ids=extra,
             )

@@ -57,7 +57,8 @@ def test_generate_json_has_everything(capsys: pytest.CaptureFixture[str]) -> Non
     arguments = ["-p", "Hi", "-n", "5", "--json", "--logprobs", "2", "--temp", "0.9", "-s", "7"]
     assert main(["generate", MODEL, *arguments, *FLAGS]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"model", "mode", "text", "token_ids", "finish_reason", "seed", "stats", "logprobs"}
+    names = {"model", "mode", "text", "token_ids", "finish_reason", "seed", "stats", "memory", "logprobs"}
+    assert set(result) == names
     assert (result["model"], result["mode"], result["finish_reason"], result["seed"]) == ("llama", "exact", "length", 7)
     assert len(result["token_ids"]) == len(result["logprobs"]) == result["stats"]["new_tokens"] == 5
     for token, entry in zip(result["token_ids"], result["logprobs"], strict=True):

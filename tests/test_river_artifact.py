@@ -26,6 +26,7 @@ from riverinfer.weights_convert.river_artifact import (
     LINEARS,
     RiverSettings,
     build_river,
+    head_group,
     list_rivers,
     open_river,
     remove_rivers,
@@ -83,6 +84,18 @@ def test_round_trip(name: str, settings: RiverSettings) -> None:
             assert torch.equal(packed[0], pack(wanted.q, settings.bits, settings.group))
             for part, tensor in zip(("q", "scale", "offset"), packed, strict=True):
                 assert torch.equal(stored.pop(f"layers.{layer}.{linear}.{part}"), tensor)
+    with checkpoint.reader() as read:
+        head = read(checkpoint.head_name)
+    weights += head.numel()
+    group = head_group(checkpoint.config, settings)
+    wanted = quantize(head, bits=4, group=group)
+    matrix = river.head()
+    assert matrix is not None
+    assert (matrix.bits, matrix.group, group) == (4, group, 32 if settings.group or name == "phi3" else 64)
+    for part in ("q", "scale", "offset"):
+        assert torch.equal(getattr(matrix, part), getattr(wanted, part))
+        packed_part = pack(wanted.q, 4, group) if part == "q" else getattr(wanted, part)
+        assert torch.equal(stored.pop(f"head.{part}"), packed_part)
     assert not stored
     assert weights == river.weights
     for layer, linear in ((checkpoint.config.num_layers, "o"), (-1, "o"), (0, "up")):
@@ -94,7 +107,7 @@ def test_a_valid_river_is_not_made_again(model: Checkpoint) -> None:
     steps: list[tuple[str, int, int, str]] = []
     path = build_river(model, SETTINGS, progress=lambda *step: steps.append(step))
     layers = [step for step in steps if step[0] == "Making the river (4-bit)"]
-    assert layers == [("Making the river (4-bit)", i, 5, "layers") for i in range(1, 6)]
+    assert layers == [("Making the river (4-bit)", i, 6, "layers") for i in range(1, 7)]
     assert [step for step in steps if step[1] == step[2]] == [
         ("Hashing the weights", *[(model.model_dir / "model.safetensors").stat().st_size] * 2, "B"),
         layers[-1],

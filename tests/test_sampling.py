@@ -88,8 +88,8 @@ def test_draws_follow_the_distribution() -> None:
     params = SamplingParams(temperature=0.7, seed=11)
     sampler = Sampler(params, 8)
     draws, counts = 20_000, torch.zeros(8)
-    for _ in range(draws):
-        counts[sampler(row, []).token_id] += 1
+    for position in range(draws):
+        counts[sampler(row, range(position)).token_id] += 1
 
     def statistic(probabilities: torch.Tensor) -> float:
         return float(((counts - draws * probabilities) ** 2 / (draws * probabilities)).sum())
@@ -118,7 +118,7 @@ def test_padding_rows_of_the_head_are_never_chosen() -> None:
     row = torch.tensor([0.0, 1.0, 9.0])
     assert Sampler(SamplingParams(), 2)(row, []).token_id == 1
     hot = Sampler(SamplingParams(temperature=5.0, seed=0), 2)
-    assert {hot(row, []).token_id for _ in range(100)} == {0, 1}
+    assert {hot(row, range(i)).token_id for i in range(100)} == {0, 1}
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-40, 1e-300])
@@ -132,7 +132,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 def test_every_bit_of_a_seed_counts() -> None:
     row = torch.zeros(1000)
     drawn = {
-        tuple(sampler(row, []).token_id for _ in range(8))
+        tuple(sampler(row, range(i)).token_id for i in range(8))
         for sampler in (Sampler(SamplingParams(temperature=1.0, seed=seed), 1000) for seed in (0, 2**40, 2**63, 2**100))
     }
     assert len(drawn) == 4
@@ -143,7 +143,7 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
     runs = []
     for seed in (7, 7, 8):
         sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), 100)
-        runs.append([sampler(row, []).token_id for _ in range(20)])
+        runs.append([sampler(row, range(i)).token_id for i in range(20)])
     assert runs[0] == runs[1] != runs[2]
 
 

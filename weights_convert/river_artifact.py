@@ -1,10 +1,12 @@
-"""The river: a quantized copy of every decoder layer's linears, one safetensors file in the cache.
+"""The river: a quantized copy of every decoder layer's linears and of the head, one safetensors file in the cache.
 
 Tensors ``layers.{i}.{linear}.q|scale|offset`` for the linears ``qkv`` (q, k and v stacked by rows), ``o``,
 ``gate_up`` (gate over up) and ``down``; ``q`` in the order of ``packing``, ``scale`` and ``offset`` bfloat16
-[N, K / group]. Norms, biases, embedding and head are the backbone's; but with method ``awq`` the inputs of ``qkv`` and
-``gate_up`` are to be divided by ``layers.{i}.{linear}.channel_scale``, float32 [K] (see ``channel_scales``). The
-metadata, all strings: ``format`` (version of this layout), ``method``, ``bits``, ``group``, ``source_hash``,
+[N, K / group]. ``head.q|scale|offset`` are the same for the head (a tied one: the embedding), always of 4 bits and the
+group of ``head_group``; they are not there if that is 0. Norms, biases and embedding are the backbone's; but with
+method ``awq`` the inputs of ``qkv`` and ``gate_up`` are to be divided by ``layers.{i}.{linear}.channel_scale``,
+float32 [K] (see ``channel_scales``). The head is not scaled: its method is then ``hqq``. The metadata, all strings:
+``format`` (version of this layout), ``method``, ``bits``, ``group``, ``source_hash``,
 ``source_name``, ``source_folder``, ``fingerprint``, ``riverinfer``, and for ``awq`` ``calibration``, a hash of the
 calibration tokens.
 
@@ -51,7 +53,9 @@ from riverinfer.weights_convert.quantize import QuantizedMatrix, check_settings,
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 METHODS = ("hqq", "awq", "rtn")
-FORMAT = "1"
+FORMAT = "2"
+HEAD_BITS = 4
+_HEAD = "head"
 _PARTS = ("q", "scale", "offset")
 _CHANNEL_SCALE = "channel_scale"
 _DTYPE_NAMES = {torch.int16: "I16", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -112,7 +116,8 @@ class River:
         self.path, self.settings, self.source_hash = path, settings, source_hash
         self.nbytes = sum(shape.nbytes for shape in shapes)
         self.weights = sum(shape.weights for shape in shapes if shape.name.endswith(".q"))
-        self.num_layers = sum(shape.name.endswith(".q") for shape in shapes) // len(LINEARS)
+        self.num_layers = sum(shape.name.endswith(f".{LINEARS[0]}.q") for shape in shapes)
+        self._head_group = next((shape.group for shape in shapes if shape.name == f"{_HEAD}.q"), 0)
         self._identity = _identity(path)
 
     def packed(self, layer: int, linear: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,11 +141,14 @@ class River:
     def _read(self, layer: int, linear: str, *parts: str) -> list[Tensor]:
         if linear not in LINEARS or not 0 <= layer < self.num_layers:
             raise InvalidRequestError(f"the river has no linear {linear!r} in layer {layer}")
+        return self._tensors(f"layers.{layer}.{linear}", *parts)
+
+    def _tensors(self, name: str, *parts: str) -> list[Tensor]:
         try:
             if _identity(self.path) != self._identity:
                 raise WeightsError("was replaced while in use", file=self.path, remedy="load the model again")
             with safe_open(self.path, framework="pt", device="cpu") as file:
-                return [file.get_tensor(f"layers.{layer}.{linear}.{part}") for part in parts]
+                return [file.get_tensor(f"{name}.{part}") for part in parts]
         except (SafetensorError, OSError) as exc:
             raise WeightsError(f"cannot be read ({exc})", file=self.path, remedy="build the river again") from exc
 
@@ -149,6 +157,13 @@ class River:
         q, scale, offset = self.packed(layer, linear)
         bits, group = self.settings.bits, self.settings.group
         return QuantizedMatrix(bits, group, unpack(q, bits, group), scale, offset)
+
+    def head(self) -> QuantizedMatrix | None:
+        """The head [vocab, H] in 4 bits, or None if no group divides H. Raises WeightsError like ``packed``."""
+        if not self._head_group:
+            return None
+        q, scale, offset = self._tensors(_HEAD, *_PARTS)
+        return QuantizedMatrix(HEAD_BITS, self._head_group, unpack(q, HEAD_BITS, self._head_group), scale, offset)
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -160,6 +175,11 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "gate_up": (2 * config.intermediate_size, hidden),
         "down": (hidden, config.intermediate_size),
     }
+
+
+def head_group(config: ModelConfig, settings: RiverSettings) -> int:
+    """The group of the head's copy: that of the linears, else 64, else 32, as divides its columns; 0 if none does."""
+    return next((size for size in (settings.group, 64, 32) if size and config.hidden_size % size == 0), 0)
 
 
 def river_path(checkpoint: Checkpoint, settings: RiverSettings) -> Path:
@@ -179,8 +199,8 @@ def build_river(
 
     The file is written aside and renamed: an interrupted build leaves nothing, or, if the process was killed, a file
     that the next build removes. One layer is in memory at a time. Steps of ``progress``: "Hashing the weights" (bytes)
-    and "Making the river (4-bit)" (layers). ``calibrate`` is called only to make a river of method ``awq``, which
-    needs it; what it returns is walked once, and gives tensors on ``device``.
+    and "Making the river (4-bit)" (layers, the head counting as one). ``calibrate`` is called only to make a river of
+    method ``awq``, which needs it; what it returns is walked once, and gives tensors on ``device``.
 
     Raises InvalidRequestError if the group does not divide a linear's columns or the method wants calibration and there
     is none, WeightsError if the weights cannot be read or hold NaN or inf, ConversionError if the cache cannot be
@@ -276,6 +296,7 @@ class _Shape:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    group: int = 0  # of a packed ``q``, 0 for whole rows
 
     @property
     def nbytes(self) -> int:
@@ -288,18 +309,27 @@ class _Shape:
 
 
 def _shapes(config: ModelConfig, settings: RiverSettings) -> list[_Shape]:
-    """Every tensor of the file, in the order of the layers."""
+    """Every tensor of the file: in the order of the layers, then the head's."""
     shapes = []
     for layer in range(config.num_layers):
         for linear, (rows, columns) in linear_shapes(config).items():
-            name = f"layers.{layer}.{linear}."
-            packed = (torch.int16, columns // 4) if settings.bits == 4 else (torch.uint8, columns)
-            groups = columns // (settings.group or columns)
-            shapes.append(_Shape(name + "q", packed[0], (rows, packed[1])))
-            shapes += [_Shape(name + part, torch.bfloat16, (rows, groups)) for part in _PARTS[1:]]
+            name = f"layers.{layer}.{linear}"
+            shapes += _matrix_shapes(name, rows, columns, settings.bits, settings.group)
             if settings.method == "awq" and linear in NORMED:
-                shapes.append(_Shape(name + _CHANNEL_SCALE, torch.float32, (columns,)))
+                shapes.append(_Shape(f"{name}.{_CHANNEL_SCALE}", torch.float32, (columns,)))
+    group = head_group(config, settings)
+    if group:
+        shapes += _matrix_shapes(_HEAD, config.vocab_size, config.hidden_size, HEAD_BITS, group)
     return shapes
+
+
+def _matrix_shapes(name: str, rows: int, columns: int, bits: int, group: int) -> list[_Shape]:
+    packed = (torch.int16, columns // 4) if bits == 4 else (torch.uint8, columns)
+    scales = (rows, columns // (group or columns))
+    return [
+        _Shape(f"{name}.q", packed[0], (rows, packed[1]), group),
+        *[_Shape(f"{name}.{part}", torch.bfloat16, scales) for part in _PARTS[1:]],
+    ]
 
 
 def _write(
@@ -327,13 +357,18 @@ def _write(
     layers = checkpoint.config.num_layers
     with path.open("wb") as stream:
         places = _write_header(stream, metadata, _shapes(checkpoint.config, settings))
-        inputs: Iterable[Mapping[str, Tensor] | None] = calibration or itertools.repeat(None, layers)
-        for layer, read_on_text in zip(range(layers), inputs, strict=True):
-            for name, tensor in _layer_tensors(checkpoint, layer, settings, device, read_on_text):
+
+        def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
+            for name, tensor in tensors:
                 stream.seek(places[name])
                 stream.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-            if progress is not None and layer + 1 < layers:
-                progress(_label(settings), layer + 1, layers, "layers")
+
+        inputs: Iterable[Mapping[str, Tensor] | None] = calibration or itertools.repeat(None, layers)
+        for layer, read_on_text in zip(range(layers), inputs, strict=True):
+            write(_layer_tensors(checkpoint, layer, settings, device, read_on_text))
+            if progress is not None:
+                progress(_label(settings), layer + 1, layers + 1, "layers")
+        write(_head_tensors(checkpoint, settings, device))
         stream.flush()
         os.fsync(stream.fileno())
     if _fingerprint(checkpoint) != fingerprint:
@@ -341,7 +376,7 @@ def _write(
             "the weights changed while the river was made", file=checkpoint.model_dir, remedy="try again"
         )
     if progress is not None:
-        progress(_label(settings), layers, layers, "layers")
+        progress(_label(settings), layers + 1, layers + 1, "layers")
 
 
 def _layer_tensors(
@@ -360,17 +395,39 @@ def _layer_tensors(
         for linear in ("qkv", "o", "down", "gate_up"):  # the order that ``LayerScaling`` wants
             name = f"layers.{layer}.{linear}"
             weight = _read_fused(read, checkpoint.config, layer, linear, device)
-            try:
+            with _named(name):
                 if scaling is not None:
                     weight, channel_scale = scaling(linear, weight)
                     if channel_scale is not None:
                         yield f"{name}.{_CHANNEL_SCALE}", channel_scale
-                matrix = quantize(weight, bits=settings.bits, group=settings.group, method=settings.quantizer)
-            except WeightsError as exc:
-                raise WeightsError(exc.problem, field=name, remedy=exc.remedy) from exc
-            packed = pack(matrix.q, settings.bits, settings.group)
-            for part, tensor in zip(_PARTS, (packed, matrix.scale, matrix.offset), strict=True):
-                yield f"{name}.{part}", tensor
+                yield from _matrix_tensors(name, weight, settings.bits, settings.group, settings.quantizer)
+
+
+def _head_tensors(
+    checkpoint: Checkpoint, settings: RiverSettings, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    group = head_group(checkpoint.config, settings)
+    if not group:
+        return
+    with checkpoint.reader() as read, _named(_HEAD):
+        weight = read(checkpoint.head_name).to(device)  # [vocab, H], as stored
+        yield from _matrix_tensors(_HEAD, weight, HEAD_BITS, group, settings.quantizer)
+
+
+def _matrix_tensors(name: str, weight: Tensor, bits: int, group: int, method: str) -> Iterator[tuple[str, Tensor]]:
+    matrix = quantize(weight, bits=bits, group=group, method=method)
+    packed = pack(matrix.q, bits, group)
+    for part, tensor in zip(_PARTS, (packed, matrix.scale, matrix.offset), strict=True):
+        yield f"{name}.{part}", tensor
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Damaged weights say whose they are."""
+    try:
+        yield
+    except WeightsError as exc:
+        raise WeightsError(exc.problem, field=name, remedy=exc.remedy) from exc
 
 
 def _write_header(stream: BinaryIO, metadata: dict[str, str], shapes: list[_Shape]) -> dict[str, int]:

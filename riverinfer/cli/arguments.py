@@ -200,6 +200,13 @@ def _river(parser: argparse.ArgumentParser) -> None:
         default="hqq",
         help="quantizer; awq: hqq calibrated on a few texts, slow to make (default: hqq)",
     )
+    group.add_argument(
+        "--river-head",
+        choices=("quantized", "exact"),
+        default="quantized",
+        help="logits of tokens that exited: a 4-bit head whose highest logits are made exact, or the model's own head"
+        " (default: quantized)",
+    )
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:

@@ -241,6 +241,7 @@ class Commands:
                 f" · finish reason {session.last_output.finish_reason or 'cut short'} · seed {session.last_output.seed}"
             )
         self._say(f"{session.cached_tokens()} of {session.engine.ctx_size} positions of context in the cache")
+        self._say(str(session.engine.memory()))
 
 
 def _shown_names() -> list[str]:

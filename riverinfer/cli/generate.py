@@ -61,6 +61,7 @@ def _generate(args: argparse.Namespace, engine: Engine, prompt: str) -> int:
         print(f"seed {output.seed}", file=sys.stderr)
     if args.stats:
         print(format_stats(output), file=sys.stderr)
+        print(engine.memory(), file=sys.stderr)
     if error is not None:
         raise error
     return 0
@@ -75,6 +76,7 @@ def _as_json(engine: Engine, output: Output, logprobs: int | None, error: Riveri
         "finish_reason": output.finish_reason,
         "seed": output.seed,
         "stats": output.stats.as_dict(),
+        "memory": engine.memory().as_dict(),
     }
     if output.exit_depths:
         result["exit_depths"] = output.exit_depths

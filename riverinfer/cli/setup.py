@@ -55,6 +55,7 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
         river_bits=args.river_bits,
         river_group=args.river_group,
         river_method=args.river_method,
+        river_head=args.river_head,
     )
 
 
