@@ -18,9 +18,9 @@ from riverinfer.kernels import torch_ops
 
 FEW = 16  # tokens; longer steps are prefill
 # torch's CPU attention adds up positions a vector at a time and then the rest: between two multiples of the vector the
-# order does not change. From 64 query rows on it multiplies another way, and so it does for a single one.
+# order does not change. It takes 32 query rows at a time, and multiplies a block of a single one another way.
 _LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
-_MAX_QUERIES = 63
+_MAX_QUERIES = 32
 _packet = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _operator: Any = None if _packet is None else _packet.default
 

@@ -36,7 +36,8 @@ class CpuInt4Linear:
         self.group = self.in_features // scale.shape[1]
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
         # Packing reads int32: of a whole head that would take several times the room of the result.
-        self.weight = torch.cat([pack(rows.int(), 1) for rows in q.split(_ROWS)])  # uint8 [N, K / 2]
+        packed = [pack(rows.int(), 1) for rows in q.split(_ROWS)]
+        self.weight = packed[0] if len(packed) == 1 else torch.cat(packed)  # uint8 [N, K / 2]
         # [K / G, N, 2]: the kernel computes (q - 8) * scale + zero, which is our offset.
         self.scales = torch.stack((scale.t(), offset.t()), -1).to(torch.bfloat16).contiguous()
         self.bias = bias

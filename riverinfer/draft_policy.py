@@ -11,93 +11,142 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 MAX_DRAFT = 15  # with the token before it a batch of 16, the most that a CPU verifies at nearly the cost of one
 _BINS = 10  # of the draft's own confidence
 _PRIOR = 4.0  # observations that the prior belief counts for
 _MEMORY = 64.0  # observations after which older ones fade
-_SAMPLES = 15  # durations of which the median is the cost
+_SAMPLES = 9  # durations of which the median is the cost
+_WARM_UP = 2
+_VERIFICATIONS = 48
+_EXACT_EVERY = 64  # rounds after which an exact step is timed again
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # tokens without drafts once they did not pay
-_TRIAL = 4  # rounds judged together
+_TRIAL = 4  # rounds judged together, and tokens drafted to find out
 
 
 class _Cost:
-    """Median of the last durations, in seconds."""
+    """Median of the last durations, in seconds, without the first ones: they include what is done only once."""
 
     def __init__(self) -> None:
         self._seen: deque[float] = deque(maxlen=_SAMPLES)
+        self._skip = _WARM_UP
         self.value: float | None = None
 
     def note(self, seconds: float) -> None:
+        if self._skip and self.value is not None:
+            self._skip -= 1
+            self._seen.clear()
         self._seen.append(seconds)
         self.value = statistics.median(self._seen)
 
 
 class _Chance:
-    """Share of accepted tokens, recent ones counting most, drawn towards ``prior`` while few were seen."""
+    """Share of accepted tokens, recent ones counting most."""
 
-    def __init__(self, prior: float) -> None:
-        self._prior, self.yes, self.all = prior, 0.0, 0.0
+    def __init__(self, yes: float = 0.0, seen: float = 0.0) -> None:
+        self._yes, self._all = yes, seen
 
     def note(self, accepted: bool) -> None:
         fade = 1 - 1 / _MEMORY
-        self.yes, self.all = self.yes * fade + accepted, self.all * fade + 1
+        self._yes, self._all = self._yes * fade + accepted, self._all * fade + 1
+
+    def value(self, prior: float) -> float:
+        """The share, drawn towards ``prior`` while few were seen."""
+        return (self._yes + _PRIOR * prior) / (self._all + _PRIOR)
+
+
+class Beliefs:
+    """How often drafts are accepted: by the river's confidence, and by the length of a lookup's match."""
+
+    def __init__(self) -> None:
+        self._any = _Chance(yes=3.6, seen=4.0)
+        self._by_confidence = [_Chance() for _ in range(_BINS)]
+        self._by_match = [_Chance(yes=4 * share, seen=4.0) for share in (0.3, 0.5, 0.7)]
 
     @property
-    def value(self) -> float:
-        return (self.yes + _PRIOR * self._prior) / (self.all + _PRIOR)
+    def next_one(self) -> float:
+        """Chance of a draft whose confidence is not known yet."""
+        return self._any.value(0.9)
+
+    def drafted(self, confidence: float) -> float:
+        """Chance of a draft with this confidence, 0 to 1."""
+        return self._by_confidence[_bin(confidence)].value(self.next_one)
+
+    def found(self, match: int) -> float:
+        """Chance of a token that followed an earlier occurrence of the last ``match``."""
+        return self._by_match[_match_bin(match)].value(0.5)
+
+    def note_drafted(self, confidence: float, accepted: bool) -> None:
+        self._any.note(accepted)
+        self._by_confidence[_bin(confidence)].note(accepted)
+
+    def note_found(self, match: int, accepted: bool) -> None:
+        self._by_match[_match_bin(match)].note(accepted)
 
 
-@dataclass
+def _bin(confidence: float) -> int:
+    return min(_BINS - 1, max(0, int(confidence * _BINS)))
+
+
+def _match_bin(match: int) -> int:
+    return 0 if match <= 2 else 1 if match <= 4 else 2
+
+
 class Costs:
     """Seconds of a draft step, an exact step, and a verification of n drafted tokens, as measured on this engine."""
 
-    draft: _Cost = field(default_factory=_Cost)
-    exact: _Cost = field(default_factory=_Cost)
-    verify: dict[int, _Cost] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.draft, self.exact = _Cost(), _Cost()
+        self._verified: deque[tuple[int, float]] = deque(maxlen=_VERIFICATIONS)
+        self._line: tuple[float, float] | None = None  # seconds of no draft, and of each one more
 
     def note_verify(self, drafted: int, seconds: float) -> None:
         if drafted == 0:
             self.exact.note(seconds)
         else:
-            self.verify.setdefault(drafted, _Cost()).note(seconds)
+            self._verified.append((drafted, seconds))
+        self._line = None
 
     def verifying(self, drafted: int) -> float:
-        """Expected seconds of verifying ``drafted`` tokens; between measured lengths, a straight line."""
+        """Expected seconds of verifying ``drafted`` tokens: a straight line through what was measured."""
         exact = self.exact.value or 0.0
-        known = {0: exact} | {n: cost.value for n, cost in self.verify.items() if cost.value is not None}
-        below = max(n for n in known if n <= drafted)
-        above = min((n for n in known if n >= drafted), default=None)
-        if above is None:
-            # Beyond what was measured: the slope so far, or a guess that the first rounds will correct.
-            slope = (known[below] - exact) / below if below else exact * 0.03
-            return known[below] + max(0.0, slope) * (drafted - below)
-        if above == below:
-            return known[below]
-        share = (drafted - below) / (above - below)
-        return known[below] + share * (known[above] - known[below])
+        if drafted == 0:
+            return exact
+        if self._line is None:
+            self._line = self._fit(exact)
+        return max(exact, self._line[0] + self._line[1] * drafted)
+
+    def _fit(self, exact: float) -> tuple[float, float]:
+        # Two points for a start: one draft costs 7 % of an exact step, fifteen cost 40 %. Outliers are cut.
+        limit = 2 * statistics.median(seconds for _, seconds in self._verified) if self._verified else 0.0
+        points = [(1, 1.07 * exact), (MAX_DRAFT, 1.4 * exact)]
+        points += [(n, seconds) for n, seconds in self._verified if seconds <= limit]
+        mean_n = statistics.mean(n for n, _ in points)
+        mean_s = statistics.mean(seconds for _, seconds in points)
+        variance = sum((n - mean_n) ** 2 for n, _ in points)
+        slope = max(0.0, sum((n - mean_n) * (seconds - mean_s) for n, seconds in points) / variance)
+        return mean_s - slope * mean_n, slope
 
 
 class DraftPolicy:
-    """Plans the rounds of one request. ``costs`` belong to the engine and outlive it.
+    """Plans the rounds of one request. ``costs`` and ``beliefs`` belong to the engine and outlive it.
 
     Ask ``pause`` first; if drafting is on, ``go_on`` before each draft step of the river, and ``lookup_length`` for how
     much of a found continuation to take; tell ``note`` what became of them.
     """
 
-    def __init__(self, costs: Costs, *, river: bool) -> None:
-        self.costs, self._river = costs, river
-        self._by_confidence = [_Chance(0.5 + 0.45 * (bin + 0.5) / _BINS) for bin in range(_BINS)]
-        self._any = _Chance(0.85)
-        self._by_match = [_Chance(prior) for prior in (0.3, 0.5, 0.7)]  # lookup: by length of the match
+    def __init__(self, costs: Costs, beliefs: Beliefs, *, river: bool) -> None:
+        self.costs, self.beliefs, self._river = costs, beliefs, river
         self._pause, self._next_pause = 0, _FIRST_PAUSE
         self._trial: list[tuple[int, float]] = []
+        self._finding_out = True  # the next draft is made whatever it is thought to cost
+        self._since_exact = 0
 
     @property
     def paused(self) -> bool:
-        """No river drafts in this round: they did not pay lately, or an exact step has yet to be timed."""
-        return self._pause > 0 or self.costs.exact.value is None or not self._river
+        """No river drafts in this round: they did not pay lately, or an exact step is to be timed."""
+        untimed = self.costs.exact.value is None or self._since_exact >= _EXACT_EVERY
+        return self._pause > 0 or untimed or not self._river
 
     def go_on(self, confidences: Sequence[float]) -> bool:
         """Whether to draft another token after those with these confidences (0 to 1, the draft's top probability)."""
@@ -105,17 +154,20 @@ class DraftPolicy:
             return False
         costs, drafted = self.costs, len(confidences)
         step = costs.draft.value
-        if step is None:
-            return drafted < 4  # nothing measured yet
+        if step is None or self._finding_out:
+            return drafted < _TRIAL
         kept = 1.0
         for confidence in confidences:
-            kept *= self._chance(confidence)
+            kept *= self.beliefs.drafted(confidence)
         more = costs.verifying(drafted + 1) - costs.verifying(drafted)
-        return kept * self._any.value > self._rate() * (step + max(0.0, more))
+        worth = kept * self.beliefs.next_one > self._rate() * (step + max(0.0, more))
+        if not worth and not drafted:
+            self._rest()
+        return worth
 
     def lookup_length(self, match: int, found: int) -> int:
         """How many of ``found`` tokens, that follow an earlier occurrence of the last ``match``, to verify."""
-        chance, kept, length = self._by_match[self._match_bin(match)].value, 1.0, 0
+        chance, kept, length = self.beliefs.found(match), 1.0, 0
         rate = self._rate()
         while length < min(found, MAX_DRAFT):
             kept *= chance
@@ -128,7 +180,7 @@ class DraftPolicy:
         """Whether verifying ``length`` looked-up tokens promises a higher rate than drafting in the river."""
         if length == 0 or self.costs.exact.value is None:
             return False
-        chance = self._by_match[self._match_bin(match)].value
+        chance = self.beliefs.found(match)
         expected = sum(chance**i for i in range(1, length + 1))
         return (1 + expected) / self.costs.verifying(length) > self._rate()
 
@@ -144,16 +196,16 @@ class DraftPolicy:
         """A round ended: ``accepted`` of the drafted tokens, ``tokens`` emitted, in ``seconds``."""
         judged = min(accepted + 1, len(confidences))  # what follows the first refusal was never judged
         if source == "lookup":
-            chance = self._by_match[self._match_bin(match)]
             for i in range(judged):
-                chance.note(i < accepted)
+                self.beliefs.note_found(match, i < accepted)
             return
         if source is None:
-            self._pause = max(0, self._pause - tokens)
+            self._pause, self._since_exact = max(0, self._pause - tokens), 0
             return
+        self._since_exact += 1
+        self._finding_out = False
         for i in range(judged):
-            self._by_confidence[self._bin(confidences[i])].note(i < accepted)
-            self._any.note(i < accepted)
+            self.beliefs.note_drafted(confidences[i], i < accepted)
         exact = self.costs.exact.value
         self._trial.append((tokens, seconds))
         if exact is None or len(self._trial) < _TRIAL:
@@ -161,9 +213,14 @@ class DraftPolicy:
         got, spent = (sum(column) for column in zip(*self._trial, strict=True))
         self._trial.clear()
         if got / spent < 1 / exact:
-            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
+            self._rest()
         else:
             self._next_pause = _FIRST_PAUSE
+
+    def _rest(self) -> None:
+        """Drafts do not pay now: none for a while, each time a longer one, then another try."""
+        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
+        self._finding_out = True
 
     def _rate(self) -> float:
         """Tokens a second that rounds of the best planned length would reach; at least that of exact steps."""
@@ -174,20 +231,9 @@ class DraftPolicy:
         step = self.costs.draft.value
         if step is None or not self._river or self._pause:
             return best
-        chance, kept, expected = self._any.value, 1.0, 1.0
+        chance, kept, expected = self.beliefs.next_one, 1.0, 1.0
         for drafted in range(1, MAX_DRAFT + 1):
             kept *= chance
             expected += kept
             best = max(best, expected / (drafted * step + self.costs.verifying(drafted)))
         return best
-
-    def _chance(self, confidence: float) -> float:
-        return self._by_confidence[self._bin(confidence)].value
-
-    @staticmethod
-    def _bin(confidence: float) -> int:
-        return min(_BINS - 1, max(0, int(confidence * _BINS)))
-
-    @staticmethod
-    def _match_bin(match: int) -> int:
-        return 0 if match <= 2 else 1 if match <= 4 else 2

@@ -16,36 +16,32 @@ import torch
 from torch import Tensor
 
 from riverinfer.batch import check_batch, generate_batch
-from riverinfer.calibration import calibrate
 from riverinfer.checkpoint import Checkpoint
-from riverinfer.draft_policy import Costs
-from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
+from riverinfer.draft_policy import Beliefs, Costs
+from riverinfer.errors import ContextLengthError, EngineMemoryError, InvalidRequestError, RiverinferWarning
 from riverinfer.gates import Gate, undefined_steps
 from riverinfer.generation import Generation, warn_of_undefined
 from riverinfer.generation_config import GenerationConfig, load_generation_config
-from riverinfer.kernels.quantized_linear import quantized_bytes
 from riverinfer.kv_arena import KVArena
-from riverinfer.loader import head_rows, load_model, resolve_device, resolve_dtype
+from riverinfer.loader import load_model, resolve_device, resolve_dtype
 from riverinfer.lossless import LosslessRounds
-from riverinfer.memory import require_memory
+from riverinfer.memory import gib, require_memory
 from riverinfer.memory_report import MemoryReport, memory_report
 from riverinfer.model import Model
 from riverinfer.outputs import Output, Step
 from riverinfer.progress import Progress
-from riverinfer.river import HEADS, RiverOptions, attach_river
-from riverinfer.river_head import river_head_bytes
+from riverinfer.river import RiverOptions
+from riverinfer.river_loading import RiverRequest, load_river, river_bytes
 from riverinfer.sampling import SamplingParams, check_integer
 from riverinfer.sequence import SlotPool, TokenSequence, closed_error, extend_batch
 from riverinfer.tokenizer import Tokenizer
 from riverinfer.trace import Trace
-from riverinfer.weights_convert.quantize import check_shape
-from riverinfer.weights_convert.river_artifact import RiverSettings, find_river, head_group, linear_shapes
+from riverinfer.weights_convert.river_artifact import linear_shapes
 
 if TYPE_CHECKING:
     from riverinfer.session import ChatSession
 
 MODES = ("lossless", "exact", "river")
-DRAFTS = ("auto", "river", "lookup")
 DEFAULT_CTX_SIZE = 4096
 MAX_THREADS = 1024
 
@@ -73,7 +69,7 @@ class Engine:
         self.generation_config = generation_config
         self.mode = mode
         self.river_options = river_options or RiverOptions()
-        self.costs = Costs()
+        self.costs, self.beliefs = Costs(), Beliefs()  # of lossless mode's drafts, over all requests
         self.ctx_size, self.max_sequences = arena.ctx_size, arena.slots
         self.slots = SlotPool(arena)
         self._arena: KVArena | None = arena
@@ -88,7 +84,7 @@ class Engine:
         dtype: str = "auto",
         ctx_size: int = DEFAULT_CTX_SIZE,
         max_sequences: int = 4,
-        mode: str = "exact",
+        mode: str = "lossless",
         threads: int | None = None,
         check: bool = False,
         progress: Progress | None = None,
@@ -99,10 +95,12 @@ class Engine:
         prefill: str = "exact",
         prefill_depth: int | None = None,
         backbone_layers: int | None = None,
-        river_bits: int = 4,
-        river_group: int = 64,
+        repair: int = 0,
+        river_bits: int | None = None,
+        river_group: int | None = None,
         river_method: str = "hqq",
         river_head: str = "quantized",
+        draft: str = "auto",
     ) -> Engine:
         """Load a model folder.
 
@@ -110,15 +108,19 @@ class Engine:
         ctx_size: positions of one sequence, prompt and answer together; 0 takes the model's own limit, and more than
             that limit is capped to it (``engine.ctx_size`` tells). max_sequences: how many can be live at once; the
             KV arena is allocated for all of them here.
-        mode: "exact", the checkpoint's own computation, or "river": tokens leave the backbone early and finish in a
-            quantized copy of its layers, which is made on first use and kept in the cache folder. The copy is small
-            and fast where a packed kernel reads it: on a CPU in bfloat16. Elsewhere it is dequantized for now.
-        tau, min_depth, max_depth, gate, prefill, prefill_depth: when tokens leave, see ``RiverOptions``.
+        mode: "exact", the checkpoint's own computation, a token a step. "lossless", the same tokens sooner: the river
+            drafts, the backbone verifies. "river": tokens leave the backbone early and finish in the river, which is a
+            quantized copy of its layers, made on first use and kept in the cache folder. It is small and fast where a
+            packed kernel reads it: on a CPU in bfloat16. Elsewhere it is dequantized for now.
+        tau, min_depth, max_depth, gate, prefill, prefill_depth, repair: river mode, see ``RiverOptions``.
         backbone_layers: in river mode, load only so many layers of the backbone; every token leaves there at the
-            latest, prompts too, and exact calls are refused. None loads all. river_bits, river_group, river_method:
-            the copy, see ``RiverSettings``; "awq" takes longer to make, and loses less.
+            latest, prompts too, and other modes are refused. None loads all.
+        river_bits, river_group, river_method: the copy, see ``RiverSettings``; "awq" takes longer to make, and loses
+            less. None: 4 bits in groups of 64; in lossless mode 4 or 8, whichever is measured to draft faster.
         river_head: "quantized" gives tokens that left the backbone logits from a 4-bit copy of the head, the highest
             64 of them recomputed exactly, where a packed kernel reads it; "exact" the checkpoint's head.
+        draft: in lossless mode, "river" drafts in it, "lookup" only repeats what stands in the text (no river is
+            needed), "auto" has a river where it is cheaper than the backbone. Without the memory for one, exact mode.
         threads: CPU threads for torch, process-wide.
         check: refuse weights that are NaN or infinite. progress: called while weights are read.
 
@@ -127,10 +129,8 @@ class Engine:
         """
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
-        options = RiverOptions(tau, min_depth, max_depth, gate, prefill, prefill_depth)
-        settings = RiverSettings(bits=river_bits, group=river_group, method=river_method)
-        if river_head not in HEADS:
-            raise InvalidRequestError(f"is {river_head!r}", field="river_head", remedy=f"use {' or '.join(HEADS)}")
+        options = RiverOptions(tau, min_depth, max_depth, gate, prefill, prefill_depth, repair=repair)
+        request = RiverRequest(river_bits, river_group, river_method, river_head, draft)
         check_integer("ctx_size", ctx_size, 0)
         check_integer("max_sequences", max_sequences, 1)
         if threads is not None:
@@ -142,7 +142,6 @@ class Engine:
         generation_config = load_generation_config(checkpoint.model_dir, config)
         place = resolve_device(device)
         kind = resolve_dtype(dtype, checkpoint.stored_dtype, place)
-        river_bytes = 0
         held = config.num_layers
         if backbone_layers is not None:
             if mode != "river":
@@ -151,12 +150,7 @@ class Engine:
             held = backbone_layers
         if mode == "river":
             options.limited(config.num_layers, held)
-            for rows, columns in linear_shapes(config).values():
-                check_shape((rows, columns), river_bits, river_group)
-                river_bytes += config.num_layers * quantized_bytes(rows, columns, river_bits, river_group, kind, place)
-            if river_head == "quantized":
-                group = head_group(config, settings)
-                river_bytes += river_head_bytes(config.vocab_size, config.hidden_size, group, dtype=kind, device=place)
+        candidates = request.candidates(config, mode, kind, place)
         absent = (config.num_layers - held) * sum(rows * columns for rows, columns in linear_shapes(config).values())
         positions = effective_ctx_size(ctx_size, config.context_limit)
         if ctx_size > positions and ctx_size != DEFAULT_CTX_SIZE:
@@ -165,20 +159,33 @@ class Engine:
                 RiverinferWarning,
                 stacklevel=2,
             )
-        require_memory(
+        fits = partial(
+            require_memory,
             place,
-            weights=(checkpoint.parameters - absent) * kind.itemsize + river_bytes,
             slots=max_sequences,
             ctx_size=positions,
             bytes_per_token=config.kv_bytes_per_token(kind.itemsize),
         )
+        backbone = (checkpoint.parameters - absent) * kind.itemsize
+        river = max((river_bytes(config, each, river_head, kind, place) for each in candidates), default=0)
+        try:
+            fits(weights=backbone + river)
+        except EngineMemoryError:
+            if mode != "lossless" or not river:
+                raise
+            fits(weights=backbone)
+            warnings.warn(
+                f"{model_dir}: backbone and river ({gib(backbone)} + {gib(river)}) do not both fit into memory;"
+                " running exact mode (river mode with --backbone-layers needs less)",
+                RiverinferWarning,
+                stacklevel=2,
+            )
+            mode, candidates = "exact", []
         arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
         model = load_model(checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress)
         model.rope.reserve(positions)
-        if mode == "river":
-            calibrated = partial(calibrate, model, tokenizer)
-            river = find_river(checkpoint, settings, device=place, progress=progress, calibrate=calibrated)
-            attach_river(model, river, head_rows(checkpoint, model) if river_head == "quantized" else None)
+        if candidates:
+            load_river(model, tokenizer, checkpoint, candidates, head=river_head, progress=progress)
         model.script()
         return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
 

@@ -47,7 +47,7 @@ class LosslessRounds:
         self._engine, self._sequence, self._generation = engine, sequence, generation
         self._gate, self._similarities = gate, similarities
         self._lookup = PromptLookup() if lookup else None
-        self._policy = DraftPolicy(engine.costs, river=gate is not None)
+        self._policy = DraftPolicy(engine.costs, engine.beliefs, river=gate is not None)
         self.stats = generation.output.stats.drafts = DraftStats()
 
     def run(self, logits: Tensor) -> Iterator[Step]:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from riverinfer import Engine, SamplingParams, demo
+from riverinfer.checkpoint import Checkpoint
 from riverinfer.errors import DemoModelError
+from riverinfer.weights_convert.river_artifact import RiverSettings, build_river
 
 CASES = json.loads((Path(__file__).parent / "oracle" / "demo_greedy.json").read_text(encoding="utf-8"))["cases"]
 PARAMS = SamplingParams(max_tokens=64, ignore_eos=True)
@@ -73,6 +75,35 @@ print((memory("VmHWM") - before) / (checkpoint.parameters * torch.{dtype}.itemsi
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.9 < float(done.stdout) < 1.3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("head", ["exact", "quantized"])
+def test_the_river_with_five_backbone_layers_peaks_near_what_it_holds(
+    head: str, demo_dir: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading and generating, above what the imports take; making the river before is not counted."""
+    monkeypatch.setenv("RIVERINFER_CACHE", str(tmp_path_factory.getbasetemp() / "demo_rivers"))
+    build_river(Checkpoint.open(demo_dir), RiverSettings(method="rtn"))
+    code = f"""
+import torch
+from riverinfer import SamplingParams
+from riverinfer.engine import Engine
+from riverinfer.kernels.linear import packing_works
+from riverinfer.memory_report import measure
+torch.set_num_threads(1)
+packing_works(torch.bfloat16)
+before, _ = measure(torch.device("cpu"))
+engine = Engine.load({str(demo_dir)!r}, device="cpu", mode="river", ctx_size=256, max_sequences=1, backbone_layers=5,
+                     river_method="rtn", river_head={head!r})
+engine.generate("The sea is", SamplingParams(max_tokens=8, ignore_eos=True))
+report = engine.memory()
+print(engine.model.dtype.itemsize, report.backbone, report.total, report.peak - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    itemsize, backbone, total, peak = map(int, done.stdout.split())
+    assert backbone == 5 * 3_538_944 * itemsize
+    assert 0.9 * total < peak < 1.10 * total + 64 * 2**20
 
 
 def test_a_chat_answers_sensibly_and_remembers(demo_dir: Path) -> None:

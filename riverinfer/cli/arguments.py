@@ -157,10 +157,10 @@ def _runtime(parser: argparse.ArgumentParser, *, mode: bool = True) -> None:
     if mode:
         group.add_argument(
             "--mode",
-            choices=("exact", "river"),
-            default="exact",
-            help="exact: the checkpoint's own computation; river: tokens exit early into a quantized copy"
-            " (default: exact)",
+            choices=("lossless", "exact", "river"),
+            default="lossless",
+            help="lossless: the checkpoint's own output, sooner: a quantized copy drafts, the backbone verifies; exact:"
+            " a backbone pass a token; river: tokens exit early into the copy, at a loss (default: lossless)",
         )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: auto)")
@@ -172,7 +172,7 @@ def _runtime(parser: argparse.ArgumentParser, *, mode: bool = True) -> None:
 
 
 def _river(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("river mode")
+    group = parser.add_argument_group("river and lossless mode")
     group.add_argument("--tau", type=float, default=0.5, metavar="T", help="exit above this similarity (default: 0.5)")
     group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
     group.add_argument("--max-depth", type=int, metavar="N", help="every token exits here at the latest")
@@ -192,8 +192,17 @@ def _river(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backbone-layers", type=int, metavar="N", help="load only the first N backbone layers; all tokens exit there"
     )
-    group.add_argument("--river-bits", type=int, choices=(4, 8), default=4, help="bits a weight (default: 4)")
-    group.add_argument("--river-group", type=int, default=64, metavar="G", help="weights a scale, 0 = a row (8 bits)")
+    group.add_argument("--repair", type=int, default=0, metavar="R", help="rewrite K and V exactly every R tokens")
+    group.add_argument(
+        "--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4; lossless: the faster, measured)"
+    )
+    group.add_argument("--river-group", type=int, metavar="G", help="weights a scale, 0 = a row (8 bits) (default: 64)")
+    group.add_argument(
+        "--draft",
+        choices=("auto", "river", "lookup"),
+        default="auto",
+        help="lossless mode: draft in the river, or only repeat what stands in the text (default: auto)",
+    )
     group.add_argument(
         "--river-method",
         choices=("hqq", "awq", "rtn"),

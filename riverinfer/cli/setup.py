@@ -52,6 +52,8 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
         prefill=args.prefill,
         prefill_depth=args.prefill_depth,
         backbone_layers=args.backbone_layers,
+        repair=args.repair,
+        draft=args.draft,
         river_bits=args.river_bits,
         river_group=args.river_group,
         river_method=args.river_method,
@@ -62,11 +64,13 @@ def load_engine(args: argparse.Namespace, *, max_sequences: int = 1) -> Engine:
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse bad sampling values and unreadable files before a model is loaded."""
     from riverinfer.river import RiverOptions
-    from riverinfer.weights_convert.river_artifact import RiverSettings
+    from riverinfer.river_loading import RiverRequest
 
     sampling_params(args, {})
-    RiverOptions(args.tau, args.min_depth, args.max_depth, args.gate, args.prefill, args.prefill_depth)
-    RiverSettings(bits=args.river_bits, group=args.river_group, method=args.river_method)
+    RiverOptions(
+        args.tau, args.min_depth, args.max_depth, args.gate, args.prefill, args.prefill_depth, repair=args.repair
+    )
+    RiverRequest(args.river_bits, args.river_group, args.river_method, args.river_head, args.draft)
     if args.chat_template is not None:
         read_text(args.chat_template)
     _system_prompt(args)
