@@ -55,21 +55,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, x[..., size:].float()), -1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, parts: list[list[int]], masks: list[Optional[Tensor]]) -> Tensor:
-    heads, dim, kv_heads = q.size(1), q.size(2), k.size(0)
+def _attend(q: Tensor, cache: Tensor, parts: list[list[int]], masks: list[Optional[Tensor]]) -> Tensor:
+    """``few_rows.attention``; cache [2, Hkv, S, D] holds K and V."""
+    heads, dim, kv_heads = q.size(1), q.size(2), cache.size(1)
+    if len(parts) == 1 and q.size(0) == 1:
+        seen = cache.narrow(2, parts[0][2], parts[0][3] - parts[0][2])
+        q = q.view(1, kv_heads, heads // kv_heads, dim)
+        return torch._scaled_dot_product_flash_attention_for_cpu(q, seen[0:1], seen[1:2])[0].view(1, heads * dim)
     out: list[Tensor] = []
     for i, part in enumerate(parts):
-        size = part[3] - part[2]
-        keys, values = k.narrow(1, part[2], size).unsqueeze(0), v.narrow(1, part[2], size).unsqueeze(0)
+        seen = cache.narrow(2, part[2], part[3] - part[2])
         rows = part[1] - part[0]
-        if rows == 1:
-            x = q[part[0]].view(1, kv_heads, -1, dim)
-            mixed = torch._scaled_dot_product_flash_attention_for_cpu(x, keys, values)[0].view(1, heads * dim)
-        else:
-            x = q[part[0] : part[1]].view(rows, kv_heads, -1, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
-            mixed = torch._scaled_dot_product_flash_attention_for_cpu(x, keys, values, attn_mask=masks[i])[0]
-            mixed = mixed.view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, heads * dim)
-        out.append(mixed)
+        x = q[part[0] : part[1]].view(rows, kv_heads, -1, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
+        mixed = torch._scaled_dot_product_flash_attention_for_cpu(x, seen[0:1], seen[1:2], attn_mask=masks[i])[0]
+        out.append(mixed.view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, heads * dim))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -108,34 +107,40 @@ class _Stack(torch.nn.Module):
         cos: Tensor,
         sin: Tensor,
         query_scale: Optional[Tensor],
-        keys: list[Tensor],
-        values: list[Tensor],
+        caches: list[Tensor],
         parts: list[list[list[int]]],
         masks: list[list[Optional[Tensor]]],
     ) -> Tensor:
-        tokens, heads, kv_heads = h.size(0), self.heads, self.kv_heads
+        tokens, heads, kv_heads, dim = h.size(0), self.heads, self.kv_heads, self.dim
+        # V is turned by nothing together with Q and K: one operator for the three, and one copy into the cache.
+        still = [tokens, kv_heads, cos.size(2)]
+        cos_all = torch.cat((cos.expand(-1, heads + kv_heads, -1), torch.ones(still)), 1)  # [T, Hq + 2 Hkv, R]
+        sin_all = torch.cat((sin.expand(-1, heads + kv_heads, -1), torch.zeros(still)), 1)
         for i in range(first, last):
-            k, v = keys[i - first], values[i - first]
-            qkv = self._linear(_norm(h, self.input_norm[i], self.eps, k), 4 * i)
-            qkv = qkv.view(tokens, heads + 2 * kv_heads, self.dim)  # [T, Hq + 2 Hkv, D]
-            qk = qkv[:, : heads + kv_heads]
+            cache = caches[i - first]  # [2, Hkv, S, D]
+            x = self._linear(_norm(h, self.input_norm[i], self.eps, cache), 4 * i)
+            x = x.view(tokens, heads + 2 * kv_heads, dim)  # [T, Hq + 2 Hkv, D]
             q_norm, k_norm = self.q_norm[i], self.k_norm[i]
             if q_norm is not None and k_norm is not None:
-                normed = qk.float()
-                q = torch.rms_norm(normed[:, :heads], [self.dim], q_norm, self.eps)
-                qk = torch.cat((q, torch.rms_norm(normed[:, heads:], [self.dim], k_norm, self.eps)), 1)
+                wide = x.float()
+                q = torch.rms_norm(wide[:, :heads], [dim], q_norm, self.eps)
+                k = torch.rms_norm(wide[:, heads : heads + kv_heads], [dim], k_norm, self.eps)
+                x = torch.cat((q, k, wide[:, heads + kv_heads :]), 1)
             if self.use_rope[i]:
-                qk = _rotate(qk, cos, sin)
-            q = qk[:, :heads]
+                x = _rotate(x, cos_all, sin_all)
+            q = x[:, :heads]
             if query_scale is not None:
-                q = q * query_scale
-            k.narrow(1, start, tokens).copy_(qk[:, heads:].transpose(0, 1))
-            v.narrow(1, start, tokens).copy_(qkv[:, heads + kv_heads :].transpose(0, 1))
+                q = (q * query_scale).to(cache.dtype)
+                x = x.to(cache.dtype)
+            else:
+                x = x.to(cache.dtype)
+                q = x[:, :heads]
+            new = x[:, heads:].view(tokens, 2, kv_heads, dim).permute(1, 2, 0, 3)
+            cache.narrow(2, start, tokens).copy_(new)
             which = self.window[i]
-            h = h + self._linear(_attend(q.to(k.dtype), k, v, parts[which], masks[which]), 4 * i + 1)
-            gate_up = self._linear(_norm(h, self.post_norm[i], self.eps, k), 4 * i + 2)
-            half = gate_up.size(1) // 2
-            h = h + self._linear(F.silu(gate_up[:, :half]).mul_(gate_up[:, half:]), 4 * i + 3)
+            h = h + self._linear(_attend(q, cache, parts[which], masks[which]), 4 * i + 1)
+            gate, up = self._linear(_norm(h, self.post_norm[i], self.eps, cache), 4 * i + 2).chunk(2, 1)
+            h = h + self._linear(F.silu(gate).mul_(up), 4 * i + 3)
         return h
 
 
@@ -145,8 +150,11 @@ class ScriptedLayers:
     def __init__(self, script: Any, windows: list[Optional[int]]) -> None:
         self._script, self._windows = script, windows
 
-    def __call__(self, h: Tensor, first: int, last: int, step: Any, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """h float32 [T, H] before layer ``first`` to the same after layer ``last - 1``; ``step`` must have spans."""
+    def __call__(self, h: Tensor, first: int, last: int, step: Any, caches: list[Tensor]) -> Tensor:
+        """h float32 [T, H] before layer ``first`` to the same after layer ``last - 1``.
+
+        ``step`` must have spans. ``caches``: per layer K and V together, [2, Hkv, S, D].
+        """
         spans: list[list[Span]] = [step.spans[window] for window in self._windows]
         return self._script(
             h,
@@ -156,8 +164,7 @@ class ScriptedLayers:
             step.cos,
             step.sin,
             step.query_scale,
-            [k for k, _ in kv[first:last]],
-            [v for _, v in kv[first:last]],
+            caches if last - first == len(caches) else caches[first:last],
             [[[span.first_row, span.end_row, span.first, span.end] for span in parts] for parts in spans],
             [[span.mask for span in parts] for parts in spans],
         )

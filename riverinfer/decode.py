@@ -165,5 +165,5 @@ def _walk(
     trace: Trace | None = None,
 ) -> Tensor:
     """``walk``, in its faster form where there is one."""
-    chosen = fast_walk if can_walk_fast(model, len(ids), gate, trace) else walk
+    chosen = fast_walk if can_walk_fast(model, len(ids), kv, gate, trace) else walk
     return chosen(model, ids, start, kv, seq_len=seq_len, gate=gate, trace=trace)

@@ -206,7 +206,10 @@ class DraftPolicy:
         self._finding_out = False
         for i in range(judged):
             self.beliefs.note_drafted(confidences[i], i < accepted)
-        exact = self.costs.exact.value
+        exact, step = self.costs.exact.value, self.costs.draft.value
+        if step is not None:
+            # An interruption of the whole process is not the draft's fault.
+            seconds = min(seconds, 1.5 * (len(confidences) * step + self.costs.verifying(len(confidences))))
         self._trial.append((tokens, seconds))
         if exact is None or len(self._trial) < _TRIAL:
             return

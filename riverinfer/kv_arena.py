@@ -16,8 +16,8 @@ from riverinfer.memory import gib
 class KVArena:
     """K and V of ``slots`` sequences of up to ``ctx_size`` positions.
 
-    ``k`` and ``v`` are [layers, slots, kv heads, ctx_size, head_dim]. Positions at or beyond a sequence's length
-    hold garbage and are never read. Raises EngineMemoryError when the memory is not there.
+    ``k`` and ``v`` are [layers, slots, kv heads, ctx_size, head_dim], views of one block. Positions at or beyond a
+    sequence's length hold garbage and are never read. Raises EngineMemoryError when the memory is not there.
     """
 
     def __init__(
@@ -25,19 +25,26 @@ class KVArena:
     ) -> None:
         self.slots, self.ctx_size = slots, ctx_size
         self.nbytes = slots * ctx_size * config.kv_bytes_per_token(dtype.itemsize)
-        shape = (config.num_layers, slots, config.num_kv_heads, ctx_size, config.head_dim)
+        shape = (config.num_layers, slots, 2, config.num_kv_heads, ctx_size, config.head_dim)
         try:
-            self.k = torch.empty(shape, dtype=dtype, device=device)  # [L, slots, Hkv, S, D]
-            self.v = torch.empty(shape, dtype=dtype, device=device)
+            block = torch.empty(shape, dtype=dtype, device=device)  # [L, slots, 2, Hkv, S, D]
         except RuntimeError as exc:
             raise EngineMemoryError(
                 f"the KV cache of {slots} x {ctx_size} positions needs {gib(self.nbytes)}, which {device} refuses",
                 remedy="lower --ctx-size (ctx_size) or max_sequences",
             ) from exc
-        self._views = [
-            [(self.k[layer, slot], self.v[layer, slot]) for layer in range(config.num_layers)] for slot in range(slots)
-        ]
+        self.k, self.v = block[:, :, 0], block[:, :, 1]
+        self._views = [SlotCache(block[:, slot]) for slot in range(slots)]
 
-    def slot(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer (k, v) of one slot, each [Hkv, S, D]: views into the arena."""
+    def slot(self, index: int) -> SlotCache:
+        """The views into the arena that belong to one slot."""
         return self._views[index]
+
+
+class SlotCache(list[tuple[Tensor, Tensor]]):
+    """Per layer (k, v) of one slot, each [Hkv, S, D]; ``joint`` has both of a layer together, [2, Hkv, S, D]."""
+
+    def __init__(self, block: Tensor) -> None:
+        """``block`` [L, 2, Hkv, S, D]."""
+        self.joint = list(block)
+        super().__init__((layer[0], layer[1]) for layer in self.joint)

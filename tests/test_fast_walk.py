@@ -83,7 +83,7 @@ def run(model: Model, how: object, gate: Gate | None) -> tuple[list[Tensor], lis
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: str(gate)[:24])
 def test_fast_equals_plain_to_the_bit(model: Model, gate: Gate | None) -> None:
-    assert can_walk_fast(model, 1, gate, None)
+    assert can_walk_fast(model, 1, make_cache(model, 8), gate, None)
     want, want_depths, want_cache = run(model, walk, gate)
     got, depths, cache = run(model, fast_walk, gate)
     assert depths == want_depths
@@ -95,13 +95,15 @@ def test_fast_equals_plain_to_the_bit(model: Model, gate: Gate | None) -> None:
 
 
 def test_what_the_fast_walk_leaves_to_the_plain_one(model: Model) -> None:
-    assert not can_walk_fast(model, FEW + 1, None, None)
-    assert can_walk_fast(model, FEW, None, Trace())
-    assert not can_walk_fast(model, 1, None, Trace.full())
-    assert not can_walk_fast(model, 1, None, Trace(ledger=KVLedger(1, 1)))
+    cache = make_cache(model, 8)
+    assert not can_walk_fast(model, 1, list(cache), None, None)
+    assert not can_walk_fast(model, FEW + 1, cache, None, None)
+    assert can_walk_fast(model, FEW, cache, None, Trace())
+    assert not can_walk_fast(model, 1, cache, None, Trace.full())
+    assert not can_walk_fast(model, 1, cache, None, Trace(ledger=KVLedger(1, 1)))
     kept, model.river_script = model.river_script, None
-    assert can_walk_fast(model, 1, None, None)
-    assert not can_walk_fast(model, 1, never(), None)
+    assert can_walk_fast(model, 1, cache, None, None)
+    assert not can_walk_fast(model, 1, cache, never(), None)
     model.river_script = kept
     assert script_layers([]) is None
     assert script_layers([replace(model.layers[0], o=AbsentLinear())]) is None
@@ -115,4 +117,4 @@ def test_without_torchscript_the_plain_layers_run(monkeypatch: pytest.MonkeyPatc
     model = open_model(ROOT / "llama")
     model.script()
     assert model.backbone_script is None
-    assert not can_walk_fast(model, 1, None, None)
+    assert not can_walk_fast(model, 1, make_cache(model, 8), None, None)
