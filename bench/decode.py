@@ -1,159 +1,161 @@
-"""Decode speed on this machine, peers side by side in one run, and where a token's time goes.
+"""Decode speed of every mode and of the peers on this machine, side by side in one run, and where the time goes.
 
-    python bench/decode.py [MODEL_DIR] [--new-tokens 128] [--runs 5] [--threads 2] [--save]
+    python bench/decode.py [MODEL_DIR] [--new-tokens 128] [--runs 5] [--threads 2] [--gguf FILE] [--save]
 
-Every run times each contender once, in turn, so that a noisy machine disturbs all alike; the table has medians and
-the ratio to the first peer, run by run. ``transformers`` takes part where it is installed. Prompts and lengths are
-the same for all; text processing is not timed. ``--save`` writes bench/results/decode-cpu.json.
+Every run gives each prompt to each contender in turn, in an order that rotates from prompt to prompt and run to run,
+after one run that warms up. Prompts stand under the model's chat template, if it has one; all contenders get the same
+ids and write as many tokens as the exact text has up to its end, --new-tokens at most. The rate of a kind of prompts
+is all its tokens after the first over their seconds; prefill, and text processing before the first token, are not in
+it. Ratios are taken within a run; tables have medians over runs. ``transformers`` and llama.cpp take part where they
+are installed. ``--save`` writes bench/results/decode-cpu.json.
+
+- All but the kind "sampled" is greedy. That kind is the worst for drafts: temperature 1.0 without filters, one seed.
+- lossless: "default" is the engine's own choice of a river, "lookup" drafts only what stands in the text already. What
+  its draft policy has learnt stays from prompt to prompt, as in a chat; the warm-up run has taught it these prompts.
+- Comparable: transformers bfloat16 with riverinfer bfloat16, exact and lossless: the same weights, the same greedy text
+  up to near ties. River mode writes another text, at the quality that bench/river.py measures.
+- Not comparable without more ado: llama.cpp. It computes in 4 bits with activations of 8 bits, on the GGUF's own grid,
+  and reads a third of the bytes of the bfloat16 backbone. "As built" it repacks weights, for AMX where the CPU has it.
+  It is greedy for the sampled prompts too.
+- The demo's weights come from that 4-bit file, with groups of 32: a river of group 32 lies on nearly the same grid,
+  agrees with the backbone more often than other models' rivers will, and flatters lossless mode. Hence the w4g64 rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; holds for the peers too
 
 import torch
+from contenders import Contender, Request, Timed, demo_gguf, llama_cpp, ours, river_name, transformers_peer
+from decode_report import Equality, Record, compare_texts, lossless_rows, speed_rows, worst_prompt
+from harness import print_table, save
+from prompts import KINDS, Prompt
+from step_costs import LINEARS, breakdown, cost_rows, step_costs
 
-import riverinfer
 from riverinfer import Engine, SamplingParams
-from riverinfer import model as model_module
-from riverinfer.demo import demo_model
+from riverinfer.demo import NAME, demo_model
+from riverinfer.errors import ChatTemplateError, DemoModelError
+from riverinfer.river import RiverOptions
 
-PROMPT = "Explain how a river shapes the land it flows through, from its source to the sea."
-Contender = Callable[[list[int], int], float]  # (prompt ids, new tokens) -> seconds for the tokens after the first
-
-
-def ours(folder: Path, dtype: str) -> tuple[Engine, Contender]:
-    engine = Engine.load(folder, device="cpu", dtype=dtype, ctx_size=2048, max_sequences=1)
-
-    def run(ids: list[int], count: int) -> float:
-        out = engine.generate(ids, SamplingParams(max_tokens=count, ignore_eos=True))
-        return out.stats.decode_s
-
-    return engine, run
+CTX_SIZE = 2048
+EXACT, REFERENCE = "exact bfloat16", "transformers bfloat16"
 
 
-def transformers_peer(folder: Path, dtype: torch.dtype) -> Contender | None:
-    try:
-        import transformers
-    except ImportError:
-        return None
-    transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-    class Clock(transformers.generation.streamers.BaseStreamer):
-        """Notes when the first and the last token came."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, _: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    def run(ids: list[int], count: int) -> float:
-        prompt, clock = torch.tensor([ids]), Clock()
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            streamer=clock,
-        )
-        # The streamer is first called with the prompt.
-        assert len(clock.times) == count + 1
-        return clock.times[-1] - clock.times[1]
-
-    return run
-
-
-def breakdown(engine: Engine, ids: list[int], count: int) -> dict[str, float]:
-    """Milliseconds a token by operator: every operator of the walk is timed by a clock around its call.
-
-    The clocks themselves cost about 0.2 us a call. ``rest`` is what no clock covers: Python, views, cache writes.
-    """
-    spent: dict[str, float] = {}
-
-    def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            result = function(*args, **options)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
-            return result
-
-        return call
-
-    model = engine.model
-    operators = ("rms_norm", "rotate", "attention", "silu_mul")
-    plain = {name: getattr(model_module, name) for name in operators}
-    linears = [
-        (layer, name, getattr(layer, name)) for layer in model.layers for name in ("qkv", "o", "gate_up", "down")
-    ]
-    head = model.head
-    try:
-        for name, function in plain.items():
-            setattr(model_module, name, clocked(name, function))
-        for layer, name, linear in linears:
-            setattr(layer, name, clocked(name, linear))
-        model.head = clocked("head", head)  # type: ignore[assignment]
-        extend = clocked("walk", engine.extend)
-        engine.extend = extend  # type: ignore[method-assign]
-        engine.generate(ids, SamplingParams(max_tokens=2, ignore_eos=True))
-        spent.clear()
-        stream = engine.stream(ids, SamplingParams(max_tokens=count, ignore_eos=True))
-        next(stream)
-        spent.clear()
-        began = time.perf_counter()
-        for _ in stream:
-            pass
-        total = time.perf_counter() - began
-    finally:
-        for name, function in plain.items():
-            setattr(model_module, name, function)
-        for layer, name, linear in linears:
-            setattr(layer, name, linear)
-        model.head = head
-        del engine.extend
-    walk = spent.pop("walk")
-    spent["rest"] = walk - sum(spent.values())
-    spent["sampling and text"] = total - walk
-    return {name: seconds / (count - 1) * 1000 for name, seconds in sorted(spent.items(), key=lambda item: -item[1])}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+def load_engines(folder: Path, group: int) -> dict[str, Engine]:
+    """By what they are for. All hold the same backbone, but float32."""
+    common = {"device": "cpu", "ctx_size": CTX_SIZE, "max_sequences": 1}
     return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "riverinfer": riverinfer.__version__,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
+        "default": Engine.load(folder, dtype="bfloat16", mode="lossless", **common),
+        "river": Engine.load(folder, dtype="bfloat16", mode="river", river_bits=4, river_group=group, **common),
+        "lookup": Engine.load(folder, dtype="bfloat16", mode="lossless", draft="lookup", **common),
+        "float32": Engine.load(folder, dtype="float32", mode="exact", **common),
     }
+
+
+def make_contenders(folder: Path, engines: dict[str, Engine], group: int, gguf: Path | None) -> dict[str, Contender]:
+    found: dict[str, Contender | None] = {}
+    for dtype in ("bfloat16", "float32"):
+        found[f"transformers {dtype}"] = transformers_peer(folder, getattr(torch, dtype))
+    if gguf is not None:
+        for name, extra_buffers in (("as built", True), ("no extra buffers", False)):
+            try:
+                peer = llama_cpp(gguf, torch.get_num_threads(), CTX_SIZE, extra_buffers=extra_buffers)
+            except RuntimeError as exc:
+                print(f"llama.cpp {name} is left out: {exc}\n", file=sys.stderr)
+                continue
+            found[f"llama.cpp, {name}"] = peer
+    river = f"w4g{group}"
+    found[EXACT] = ours(engines["default"], "exact")
+    found["exact float32"] = ours(engines["float32"], "exact")
+    found[f"river {river}, tau 0.5"] = ours(engines["river"], "river", RiverOptions(tau=0.5))
+    found[f"river {river}, always"] = ours(engines["river"], "river", RiverOptions(gate="always"))
+    found[f"lossless, default ({river_name(engines['default'])})"] = ours(engines["default"], "lossless")
+    found[f"lossless, {river}"] = ours(engines["river"], "lossless")
+    found["lossless, lookup"] = ours(engines["lookup"], "lossless")
+    return {name: contender for name, contender in found.items() if contender is not None}
+
+
+def takes_part(name: str, prompt: Prompt) -> bool:
+    return prompt.kind == "chat" or name != "exact float32"  # slow, and no other in kind than bfloat16
+
+
+def make_requests(engine: Engine, new_tokens: int) -> dict[Prompt, Request]:
+    """Prompts under the template; each ends where the exact text does, since what follows an end repeats itself."""
+    try:
+        session = engine.session()
+    except ChatTemplateError:
+        session = engine.session(use_template=False)
+    requests = {}
+    for prompt in KINDS:
+        text = session.prompt_text([{"role": "user", "content": prompt.text}])
+        ids = engine.tokenizer.encode(text, add_special_tokens=session.template is None)
+        whole = Request(ids, new_tokens, prompt.sampled)
+        said = engine.generate(ids, whole.params(), mode="exact").token_ids
+        ends = {*engine.generation_config.eos_token_ids, engine.tokenizer.eos_token_id}
+        count = next((number for number, token in enumerate(said, 1) if token in ends), new_tokens)
+        requests[prompt] = Request(ids, max(2, count), prompt.sampled)
+    return requests
+
+
+def measure(contenders: dict[str, Contender], requests: dict[Prompt, Request], runs: int) -> Record:
+    """By contender and prompt what each run, but the first, gave."""
+    record: Record = {name: {} for name in contenders}
+    names = list(contenders)
+    for run in range(-1, runs):
+        for number, (prompt, request) in enumerate(requests.items()):
+            first = (run + number) % len(names)
+            for name in names[first:] + names[:first]:
+                if not takes_part(name, prompt):
+                    continue
+                timed: Timed = contenders[name](request)
+                if run >= 0:
+                    record[name].setdefault(prompt, []).append(timed)
+        print(f"run {run + 1}/{runs}", end="\r", file=sys.stderr, flush=True)
+    return record
+
+
+def installed(package: str) -> str | None:
+    """Its version, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def print_breakdown(engine: Engine, parts: dict[str, float], scripted: float) -> None:
+    """``scripted``: milliseconds of the exact step as it is taken without clocks."""
+    total = sum(parts.values())
+    print_table(
+        [f"where a bfloat16 token's {total:.1f} ms go, in the plain walk", "ms", "%"],
+        [[name, f"{value:.2f}", f"{value / total * 100:.0f}"] for name, value in parts.items()],
+    )
+    gigabytes, linear = engine.model.weight_bytes / 1e9, sum(parts[name] for name in (*LINEARS, "head"))
+    print(f"The matrices are {gigabytes:.3f} GB, read at {gigabytes / linear * 1000:.1f} GB/s.")
+    print(
+        f"Clocks can look into the plain walk only; the scripted one, used otherwise, takes {scripted:.1f} ms a step.\n"
+    )
+
+
+def print_equality(texts: dict[str, Equality]) -> bool:
+    """Whether all greedy ids are those of exact mode."""
+    equal = True
+    for name, found in texts.items():
+        print(f"{name}: token ids equal to exact mode's for {found.equal} of {found.prompts} prompts")
+        for difference in found.differences:
+            equal = equal and difference.sampled
+            print(
+                f"  {difference.prompt}{' (sampled)' if difference.sampled else ''}: first at token"
+                f" {difference.position}, where exact mode's two highest logits are {difference.gap:.4f} apart"
+            )
+    print()
+    return equal
 
 
 def main() -> None:
@@ -162,51 +164,81 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--group", type=int, default=64, help="of the 4-bit river that is not chosen (%(default)s)")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp; the demo's own is known")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
+    if args.new_tokens < 2:
+        parser.error("--new-tokens must be at least 2")
     torch.set_num_threads(args.threads)
     folder = args.model_dir or demo_model()
+    packages = {package: installed(package) for package in ("transformers", "llama_cpp_python")}
+    gguf = args.gguf
+    if gguf is None and folder.name == NAME and packages["llama_cpp_python"]:
+        try:
+            gguf = demo_gguf()
+        except (DemoModelError, OSError) as exc:
+            print(f"llama.cpp is left out: {exc}\n", file=sys.stderr)
 
-    contenders: dict[str, Contender] = {}
-    for dtype in ("bfloat16", "float32"):
-        peer = transformers_peer(folder, getattr(torch, dtype))
-        if peer is not None:
-            contenders[f"transformers {dtype}"] = peer
-    engines = {}
-    for dtype in ("bfloat16", "float32"):
-        engines[dtype], contenders[f"riverinfer exact {dtype}"] = ours(folder, dtype)
-    ids = engines["bfloat16"].tokenizer.encode(PROMPT)
+    engines = load_engines(folder, args.group)
+    default = engines["default"]
+    contenders = make_contenders(folder, engines, args.group, gguf)
+    requests = make_requests(default, args.new_tokens)
+    record = measure(contenders, requests, args.runs)
 
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in range(-1, args.runs):  # one warm-up
-        for name, contender in contenders.items():
-            rate = (args.new_tokens - 1) / contender(ids, args.new_tokens)
-            if run >= 0:
-                rates[name].append(rate)
-    base = next(iter(contenders))
-    print(f"| {folder.name}, {len(ids)} prompt + {args.new_tokens} new tokens | tokens/s (median of {args.runs}) "
-          f"| min..max | x {base} |")  # fmt: skip
-    print("|---|---|---|---|")
-    ratios = {}
-    for name, values in rates.items():
-        ratios[name] = statistics.median(a / b for a, b in zip(values, rates[base], strict=True))
-        print(
-            f"| {name} | {statistics.median(values):.1f} | {min(values):.1f}..{max(values):.1f} | {ratios[name]:.2f} |"
-        )
+    title = f"{folder.name}, up to {args.new_tokens} new tokens, {args.threads} threads"
+    kinds = list(dict.fromkeys(prompt.kind for prompt in requests))
+    print(f"tokens/s: median of {args.runs} runs (min..max), ratio to {EXACT}\n")
+    print_table([title, *kinds, f"all, x {REFERENCE}"], speed_rows(record, requests, EXACT, REFERENCE))
+    print_table(
+        ["drafts", "kind", "tokens a round", "agreement %", "% by river", "% by lookup", "% by backbone"],
+        lossless_rows(record, requests),
+    )
+    lossless = [name for name in record if name.startswith("lossless")]
+    worst = {name: worst_prompt(record, name, EXACT) for name in lossless}
+    for name, (prompt, ratio) in worst.items():
+        print(f"Worst prompt of {name}: {prompt.kind}, {prompt.name}: {ratio:.2f} x exact")
+    print()
+    texts = {name: compare_texts(default, requests, record, name, EXACT) for name in lossless}
+    equal = print_equality(texts)
 
-    parts = breakdown(engines["bfloat16"], ids, args.new_tokens)
-    total = sum(parts.values())
-    print(f"\n| where a bfloat16 token's {total:.1f} ms go | ms | % |\n|---|---|---|")
-    for name, value in parts.items():
-        print(f"| {name} | {value:.2f} | {value / total * 100:.0f} |")
-    gigabytes = engines["bfloat16"].model.weight_bytes / 1e9
-    linear = sum(parts[name] for name in ("qkv", "o", "gate_up", "down", "head"))
-    print(f"\nThe matrices are {gigabytes:.3f} GB, read at {gigabytes / linear * 1000:.1f} GB/s.")
+    answer = default.generate(requests[KINDS[0]].ids, SamplingParams(max_tokens=64, ignore_eos=True), mode="exact")
+    rivers = {river_name(default): default, river_name(engines["river"]): engines["river"]}
+    costs = step_costs(rivers, answer.prompt_token_ids + answer.token_ids)
+    print_table(["step", "ms: median (middle half)", "x exact step"], cost_rows(costs))
+    parts = breakdown(default, answer.prompt_token_ids, args.new_tokens)
+    print_breakdown(default, parts, statistics.median(costs["exact"]))
+
     if args.save:
-        result = {"machine": machine(), "rates": rates, "ratios": ratios, "milliseconds": parts}
-        path = Path(__file__).parent / "results" / "decode-cpu.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"saved {path}")
+        figures = {
+            name: [
+                {
+                    "kind": prompt.kind,
+                    "prompt": prompt.name,
+                    "tokens/s": [(requests[prompt].count - 1) / timed.seconds for timed in runs],
+                    "drafts": [t.output.stats.drafts.as_dict() for t in runs if t.output and t.output.stats.drafts],
+                }
+                for prompt, runs in by_prompt.items()
+            ]
+            for name, by_prompt in record.items()
+        }
+        prompts = [
+            {"kind": prompt.kind, "prompt": prompt.name, "ids": len(request.ids), "new tokens": request.count}
+            for prompt, request in requests.items()
+        ]
+        settings = {"model": folder.name, "new tokens": args.new_tokens, "runs": args.runs, "packages": packages}
+        result = {
+            "settings": {**settings, "gguf": gguf and gguf.name, "prompts": prompts},
+            "table": speed_rows(record, requests, EXACT, REFERENCE),
+            "contenders": figures,
+            "worst": {name: [prompt.kind, prompt.name, ratio] for name, (prompt, ratio) in worst.items()},
+            "equal": {name: found.as_dict() for name, found in texts.items()},
+            "step_ms": {name: statistics.median(values) for name, values in costs.items()},
+            "milliseconds": parts,
+        }
+        save("decode-cpu.json", result)
+    if not equal:
+        sys.exit("lossless mode's greedy text is not exact mode's")
 
 
 if __name__ == "__main__":

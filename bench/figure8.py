@@ -25,7 +25,6 @@ schedule and D-LLM's decision at every layer are reduced to their rules for the 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -36,9 +35,10 @@ from pathlib import Path
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 
 import torch
-from decode import machine
+from harness import interval, print_table, save
 from kv_strategies import STRATEGIES, BatchedRecompute, EarlyExit, KVShare
-from river import PROMPTS, Row, Walked, interval
+from prompts import PROMPTS
+from river import Row, Walked
 
 from riverinfer import Engine, SamplingParams
 from riverinfer.demo import demo_model
@@ -88,7 +88,7 @@ def summarize(rows: list[Row]) -> Summary:
     return summary
 
 
-def print_row(gate: str, strategy: str, summary: Summary) -> None:
+def table_row(gate: str, strategy: str, summary: Summary) -> list[str]:
     cells = [gate, strategy]
     for name, value in summary.items():
         if value is None:
@@ -96,7 +96,7 @@ def print_row(gate: str, strategy: str, summary: Summary) -> None:
             continue
         (mean, low, high), digits = value, DIGITS.get(name, 1)
         cells.append(f"{mean:.{digits}f}" + ("" if name in PLAIN else f" ({low:.{digits}f}..{high:.{digits}f})"))
-    print(f"| {' | '.join(cells)} |")
+    return cells
 
 
 def main() -> None:
@@ -139,18 +139,15 @@ def main() -> None:
     summaries = {key: summarize(measured) for key, measured in rows.items()}
     names = list(summaries["never", "exact"])
     title = f"{folder.name}, river 4 bits group {args.group}, {len(prompts)} prompts x {args.tokens} tokens"
-    print(f"| {title} | strategy | {' | '.join(names)} |\n{'|---' * (len(names) + 2)}|")
-    for (gate, name), summary in summaries.items():
-        print_row(gate, name, summary)
+    rows_shown = [table_row(gate, name, summary) for (gate, name), summary in summaries.items()]
+    print_table([title, "strategy", *names], rows_shown)
     if args.save:
-        path = Path(__file__).parent / "results" / "figure8-cpu.json"
         table: dict[str, dict[str, Summary]] = {}
         for (gate, name), summary in summaries.items():
             table.setdefault(gate, {})[name] = summary
         settings = {"model": folder.name, "prompts": len(prompts)}
         settings |= {name: getattr(args, name) for name in ("tokens", "group", "limit")}
-        path.write_text(json.dumps({"machine": machine(), "settings": settings, "summary": table}, indent=1) + "\n")
-        print(f"saved {path}")
+        save("figure8-cpu.json", {"settings": settings, "summary": table})
 
 
 if __name__ == "__main__":

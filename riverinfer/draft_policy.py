@@ -21,6 +21,7 @@ _WARM_UP = 2
 _VERIFICATIONS = 48
 _EXACT_EVERY = 64  # rounds after which an exact step is timed again
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # tokens without drafts once they did not pay
+_MARGIN = 1.03  # by which drafting must promise to be faster
 _TRIAL = 4  # rounds judged together, and tokens drafted to find out
 
 
@@ -156,14 +157,17 @@ class DraftPolicy:
         step = costs.draft.value
         if step is None or self._finding_out:
             return drafted < _TRIAL
+        if not drafted:
+            # Verifying a first draft costs more than each further one: it is the whole round that has to pay.
+            worth = self._rate() > _MARGIN / (costs.exact.value or 1.0)
+            if not worth:
+                self._rest()
+            return worth
         kept = 1.0
         for confidence in confidences:
             kept *= self.beliefs.drafted(confidence)
         more = costs.verifying(drafted + 1) - costs.verifying(drafted)
-        worth = kept * self.beliefs.next_one > self._rate() * (step + max(0.0, more))
-        if not worth and not drafted:
-            self._rest()
-        return worth
+        return kept * self.beliefs.next_one > self._rate() * (step + max(0.0, more))
 
     def lookup_length(self, match: int, found: int) -> int:
         """How many of ``found`` tokens, that follow an earlier occurrence of the last ``match``, to verify."""

@@ -79,6 +79,16 @@ def choice_path(checkpoint: Checkpoint, settings: RiverSettings) -> Path:
     return path.with_name(path.name.removesuffix(f"{settings}.safetensors") + "choice.json")
 
 
+def read_choice(checkpoint: Checkpoint) -> tuple[str | None, dict[str, dict[str, float]]]:
+    """(settings, figures by settings: speedup, acceptance, draft_cost, verify_cost, exact_ms) of a stored choice."""
+    stored = _read(choice_path(checkpoint, RiverSettings()))
+    choice, figures = stored.get("choice"), stored.get("figures")
+    if not isinstance(choice, str) or not isinstance(figures, dict):
+        return None, {}
+    wanted = {"speedup", "acceptance", "draft_cost"}
+    return choice, {name: each for name, each in figures.items() if isinstance(each, dict) and wanted <= each.keys()}
+
+
 class _Measure:
     """Acceptance and costs of the river that is attached, on a few tokens of exact text."""
 
@@ -98,7 +108,7 @@ class _Measure:
                 logits = decode_one(model, ids[-1], len(ids) - 1, self._kv)
                 exact.append(time.perf_counter() - began)
             self._texts.append((ids, begin))
-        self._exact = statistics.median(exact)
+        self._exact = _typical(exact)
 
     def __call__(self) -> dict[str, float]:
         model, kv = self._model, self._kv
@@ -122,7 +132,7 @@ class _Measure:
                 prefill(model, ids[start : start + _DRAFT + 1], start, kv, all_logits=True)
                 verify.append(time.perf_counter() - began)
         a = agreed / judged
-        c, v = statistics.median(draft) / self._exact, statistics.median(verify) / self._exact
+        c, v = _typical(draft) / self._exact, _typical(verify) / self._exact
         slope = max(0.0, v - 1) / _DRAFT
 
         def speedup(g: int) -> float:
@@ -136,6 +146,11 @@ class _Measure:
             "verify_cost": v,
             "exact_ms": self._exact * 1000,
         }
+
+
+def _typical(seconds: list[float]) -> float:
+    """The lower quartile: what a step takes when nothing else disturbs it."""
+    return statistics.quantiles(seconds, n=4)[0]
 
 
 def _key(

@@ -94,7 +94,7 @@ class TokenSequence:
 
         Raises ContextLengthError, leaving the sequence as it was, when they do not fit.
         """
-        start, end = len(self.tokens), len(self.tokens) + len(ids)
+        start, end, count = len(self.tokens), len(self.tokens) + len(ids), len(ids)
         if end > self.ctx_size:
             raise ContextLengthError(
                 f"{end} tokens do not fit into the context of {self.ctx_size}",
@@ -116,10 +116,11 @@ class TokenSequence:
             def chunk_done(count: int) -> None:
                 self._append(ids[len(self.tokens) - base : count], trace)
 
+            every = all_logits and count > 1
             logits = decode.prefill(
-                self.model, ids, start, self._kv, all_logits=all_logits, on_chunk=chunk_done, gate=gate, trace=trace
+                self.model, ids, start, self._kv, all_logits=every, on_chunk=chunk_done, gate=gate, trace=trace
             )
-        return logits
+        return logits[-count:] if all_logits else logits
 
     def draft(self, token: int, ahead: int, *, gate: Gate | None, trace: Trace | None = None) -> Tensor:
         """One token ``ahead`` positions beyond the end: float32 logits [1, vocab].

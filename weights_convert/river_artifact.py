@@ -283,6 +283,10 @@ def remove_rivers(checkpoint: Checkpoint | None) -> int:
         infos = list_rivers(checkpoint)
         for info in infos:
             info.path.unlink(missing_ok=True)
+        prefix = "" if checkpoint is None else _model_prefix(checkpoint)
+        for choice in _rivers_dir().glob("*choice.json"):
+            if choice.name.startswith(prefix):
+                choice.unlink(missing_ok=True)
         if _rivers_dir().is_dir():
             _remove_abandoned(_rivers_dir())
     return len(infos)

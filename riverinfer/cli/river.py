@@ -90,7 +90,23 @@ def _info(args: argparse.Namespace) -> int:
         print(f"{info.path}\n  {settings}, {_size(info.nbytes)}, of {info.source_folder or '?'}")
         if state:
             print(f"  {state}")
+    if checkpoint is not None:
+        _print_choice(checkpoint)
     return 0
+
+
+def _print_choice(checkpoint: Checkpoint) -> None:
+    """What lossless mode measured and chose on this machine, if it did."""
+    from riverinfer.river_choice import read_choice
+
+    choice, figures = read_choice(checkpoint)
+    if choice:
+        print(f"lossless mode drafts in {choice}; expected speed over exact mode, measured on this machine:")
+    for name, values in figures.items():
+        print(
+            f"  {name}: {values['speedup']:.2f}x (a draft step costs {values['draft_cost']:.2f} of an exact one,"
+            f" {values['acceptance'] * 100:.0f} % are accepted)"
+        )
 
 
 def _remove(args: argparse.Namespace) -> int:
