@@ -68,7 +68,7 @@ def walk_through(engine: Engine, prompt: list[int], ids: list[int], gate: Gate, 
         rows, depths, began = [], [], time.perf_counter()
         for token in ids:
             if repair and len(sequence.tokens) - sequence.exact >= repair:
-                sequence.repair()
+                sequence.repair(token)
             trace = Trace()
             rows.append(engine.extend(sequence, [token], gate=gate, trace=trace))
             depths.append(trace.depth)

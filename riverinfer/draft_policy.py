@@ -9,6 +9,7 @@ value theorem, Charnov 1976). Nothing here changes what is generated, only when.
 from __future__ import annotations
 
 import statistics
+import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -31,14 +32,16 @@ class _Cost:
     def __init__(self) -> None:
         self._seen: deque[float] = deque(maxlen=_SAMPLES)
         self._skip = _WARM_UP
+        self._lock = threading.Lock()
         self.value: float | None = None
 
     def note(self, seconds: float) -> None:
-        if self._skip and self.value is not None:
-            self._skip -= 1
-            self._seen.clear()
-        self._seen.append(seconds)
-        self.value = statistics.median(self._seen)
+        with self._lock:
+            if self._skip and self.value is not None:
+                self._skip -= 1
+                self._seen.clear()
+            self._seen.append(seconds)
+            self.value = statistics.median(self._seen)
 
 
 class _Chance:
@@ -94,16 +97,22 @@ def _match_bin(match: int) -> int:
 
 
 class Costs:
-    """Seconds of a draft step, an exact step, and a verification of n drafted tokens, as measured on this engine."""
+    """Seconds of a draft step, an exact step, and a verification of n drafted tokens, as measured on this engine.
+
+    Shared by all requests, also of several threads.
+    """
 
     def __init__(self) -> None:
         self.draft, self.exact = _Cost(), _Cost()
         self._verified: deque[tuple[int, float]] = deque(maxlen=_VERIFICATIONS)
+        self._warm_up = _WARM_UP  # verifications that are not counted
         self._line: tuple[float, float] | None = None  # seconds of no draft, and of each one more
 
     def note_verify(self, drafted: int, seconds: float) -> None:
         if drafted == 0:
             self.exact.note(seconds)
+        elif self._warm_up:
+            self._warm_up -= 1
         else:
             self._verified.append((drafted, seconds))
         self._line = None
@@ -113,15 +122,17 @@ class Costs:
         exact = self.exact.value or 0.0
         if drafted == 0:
             return exact
-        if self._line is None:
-            self._line = self._fit(exact)
-        return max(exact, self._line[0] + self._line[1] * drafted)
+        line = self._line
+        if line is None:
+            line = self._line = self._fit(exact)
+        return max(exact, line[0] + line[1] * drafted)
 
     def _fit(self, exact: float) -> tuple[float, float]:
         # Two points for a start: one draft costs 7 % of an exact step, fifteen cost 40 %. Outliers are cut.
-        limit = 2 * statistics.median(seconds for _, seconds in self._verified) if self._verified else 0.0
+        verified = list(self._verified)  # at once: another thread may add to it
+        limit = 2 * statistics.median(seconds for _, seconds in verified) if verified else 0.0
         points = [(1, 1.07 * exact), (MAX_DRAFT, 1.4 * exact)]
-        points += [(n, seconds) for n, seconds in self._verified if seconds <= limit]
+        points += [(n, seconds) for n, seconds in verified if seconds <= limit]
         mean_n = statistics.mean(n for n, _ in points)
         mean_s = statistics.mean(seconds for _, seconds in points)
         variance = sum((n - mean_n) ** 2 for n, _ in points)
