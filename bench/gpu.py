@@ -294,7 +294,7 @@ class Matrix:
             path = torch.arange(tokens, device=DEVICE, dtype=torch.int32) % 2
         else:
             path = torch.full((tokens,), int(kind == "dual 1"), device=DEVICE, dtype=torch.int32)
-        pairs = list(zip(cycle(self.dense), self.river))  # noqa: B905
+        pairs = list(zip(cycle(self.dense), self.river))
         return microseconds(lambda pair: dual_linear(path=path, weight=pair[0], river=pair[1], **arguments), pairs)
 
 

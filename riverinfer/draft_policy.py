@@ -21,9 +21,10 @@ _SAMPLES = 9  # durations of which the median is the cost
 _WARM_UP = 2
 _VERIFICATIONS = 48
 _EXACT_EVERY = 64  # rounds after which an exact step is timed again
-_FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # tokens without drafts once they did not pay
+_EXACT_FIRST = 4  # the same while only the first ones were timed, which may have been slow
+_FIRST_PAUSE, _LONGEST_PAUSE = 16, 128  # tokens without drafts once they did not pay
 _MARGIN = 1.03  # by which drafting must promise to be faster
-_TRIAL = 4  # rounds judged together, and tokens drafted to find out
+_TRIAL = 12  # rounds judged together: fewer would stop drafts that pay, for want of luck
 
 
 class _Cost:
@@ -34,6 +35,11 @@ class _Cost:
         self._skip = _WARM_UP
         self._lock = threading.Lock()
         self.value: float | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the first ones are over."""
+        return not self._skip
 
     def note(self, seconds: float) -> None:
         with self._lock:
@@ -60,11 +66,13 @@ class _Chance:
 
 
 class Beliefs:
-    """How often drafts are accepted: by the river's confidence, and by the length of a lookup's match."""
+    """How often drafts are accepted, by the river's confidence and a lookup's match length, and whether they pay."""
 
     def __init__(self) -> None:
         self._any = _Chance(yes=3.6, seen=4.0)
         self._by_confidence = [_Chance() for _ in range(_BINS)]
+        self.pause, self.next_pause = 0, _FIRST_PAUSE  # tokens without river drafts
+        self.finding_out = True  # the next draft is made whatever it is thought to cost
         self._by_match = [_Chance(yes=4 * share, seen=4.0) for share in (0.3, 0.5, 0.7)]
 
     @property
@@ -143,22 +151,21 @@ class Costs:
 class DraftPolicy:
     """Plans the rounds of one request. ``costs`` and ``beliefs`` belong to the engine and outlive it.
 
-    Ask ``pause`` first; if drafting is on, ``go_on`` before each draft step of the river, and ``lookup_length`` for how
-    much of a found continuation to take; tell ``note`` what became of them.
+    Ask ``paused`` first; if drafting is on, ``go_on`` before each draft step of the river, and ``lookup_length`` for
+    how much of a found continuation to take; tell ``note`` what became of them.
     """
 
     def __init__(self, costs: Costs, beliefs: Beliefs, *, river: bool) -> None:
         self.costs, self.beliefs, self._river = costs, beliefs, river
-        self._pause, self._next_pause = 0, _FIRST_PAUSE
         self._trial: list[tuple[int, float]] = []
-        self._finding_out = True  # the next draft is made whatever it is thought to cost
         self._since_exact = 0
 
     @property
     def paused(self) -> bool:
         """No river drafts in this round: they did not pay lately, or an exact step is to be timed."""
-        untimed = self.costs.exact.value is None or self._since_exact >= _EXACT_EVERY
-        return self._pause > 0 or untimed or not self._river
+        exact = self.costs.exact
+        untimed = exact.value is None or self._since_exact >= (_EXACT_EVERY if exact.settled else _EXACT_FIRST)
+        return self.beliefs.pause > 0 or untimed or not self._river
 
     def go_on(self, confidences: Sequence[float]) -> bool:
         """Whether to draft another token after those with these confidences (0 to 1, the draft's top probability)."""
@@ -166,8 +173,8 @@ class DraftPolicy:
             return False
         costs, drafted = self.costs, len(confidences)
         step = costs.draft.value
-        if step is None or self._finding_out:
-            return drafted < _TRIAL
+        if step is None or (not drafted and (self.beliefs.finding_out or not costs.draft.settled)):
+            return not drafted
         if not drafted:
             # Verifying a first draft costs more than each further one: it is the whole round that has to pay.
             worth = self._rate() > _MARGIN / (costs.exact.value or 1.0)
@@ -213,32 +220,39 @@ class DraftPolicy:
         if source == "lookup":
             for i in range(judged):
                 self.beliefs.note_found(match, i < accepted)
+            self.beliefs.pause = max(0, self.beliefs.pause - tokens)
             return
         if source is None:
-            self._pause, self._since_exact = max(0, self._pause - tokens), 0
+            self.beliefs.pause, self._since_exact = max(0, self.beliefs.pause - tokens), 0
             return
         self._since_exact += 1
-        self._finding_out = False
         for i in range(judged):
             self.beliefs.note_drafted(confidences[i], i < accepted)
         exact, step = self.costs.exact.value, self.costs.draft.value
         if step is not None:
             # An interruption of the whole process is not the draft's fault.
             seconds = min(seconds, 1.5 * (len(confidences) * step + self.costs.verifying(len(confidences))))
+        if exact is None:
+            return
+        # Finding out goes on as long as it pays: so do old beliefs give way to what is true now.
+        self.beliefs.finding_out = self.beliefs.finding_out and tokens * exact > _MARGIN * seconds
         self._trial.append((tokens, seconds))
-        if exact is None or len(self._trial) < _TRIAL:
+        if len(self._trial) < _TRIAL:
             return
         got, spent = (sum(column) for column in zip(*self._trial, strict=True))
         self._trial.clear()
         if got / spent < 1 / exact:
             self._rest()
         else:
-            self._next_pause = _FIRST_PAUSE
+            self.beliefs.next_pause = _FIRST_PAUSE
 
     def _rest(self) -> None:
         """Drafts do not pay now: none for a while, each time a longer one, then another try."""
-        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
-        self._finding_out = True
+        self.beliefs.pause, self.beliefs.next_pause = (
+            self.beliefs.next_pause,
+            min(2 * self.beliefs.next_pause, _LONGEST_PAUSE),
+        )
+        self.beliefs.finding_out = True
 
     def _rate(self) -> float:
         """Tokens a second that rounds of the best planned length would reach; at least that of exact steps."""
@@ -247,7 +261,7 @@ class DraftPolicy:
             return 0.0
         best = 1 / exact
         step = self.costs.draft.value
-        if step is None or not self._river or self._pause:
+        if step is None or not self._river or self.beliefs.pause:
             return best
         chance, kept, expected = self.beliefs.next_one, 1.0, 1.0
         for drafted in range(1, MAX_DRAFT + 1):

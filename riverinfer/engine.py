@@ -36,7 +36,7 @@ from riverinfer.sampling import SamplingParams, check_integer
 from riverinfer.sequence import SlotPool, TokenSequence, closed_error, extend_batch
 from riverinfer.tokenizer import Tokenizer
 from riverinfer.trace import Trace
-from riverinfer.weights_convert.river_artifact import linear_shapes
+from riverinfer.weights_convert.river_artifact import RiverSettings, linear_shapes
 
 if TYPE_CHECKING:
     from riverinfer.session import ChatSession
@@ -69,6 +69,7 @@ class Engine:
         self.generation_config = generation_config
         self.mode = mode
         self.river_options = river_options or RiverOptions()
+        self.river_settings: RiverSettings | None = None
         self.costs, self.beliefs = Costs(), Beliefs()  # of lossless mode's drafts, over all requests
         self.ctx_size, self.max_sequences = arena.ctx_size, arena.slots
         self.slots = SlotPool(arena)
@@ -119,8 +120,8 @@ class Engine:
             less. None: 4 bits in groups of 64; in lossless mode 4 or 8, whichever is measured to draft faster.
         river_head: "quantized" gives tokens that left the backbone logits from a 4-bit copy of the head, the highest
             64 of them recomputed exactly, where a packed kernel reads it; "exact" the checkpoint's head.
-        draft: in lossless mode, "river" drafts in it, "lookup" only repeats what stands in the text (no river is
-            needed), "auto" has a river where it is cheaper than the backbone. Without the memory for one, exact mode.
+        draft: in lossless mode, "lookup" only repeats what stands in the text, which needs no river; "auto" drafts in
+            a river too where one is cheaper than the backbone, "river" everywhere. Without the memory, exact mode.
         threads: CPU threads for torch, process-wide.
         check: refuse weights that are NaN or infinite. progress: called while weights are read.
 
@@ -184,10 +185,16 @@ class Engine:
         arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
         model = load_model(checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress)
         model.rope.reserve(positions)
+        chosen = None
         if candidates:
-            load_river(model, tokenizer, checkpoint, candidates, head=river_head, progress=progress)
+            needed = mode == "river" or request.named
+            chosen = load_river(
+                model, tokenizer, checkpoint, candidates, head=river_head, progress=progress, optional=not needed
+            )
         model.script()
-        return cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
+        engine = cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
+        engine.river_settings = chosen
+        return engine
 
     def __enter__(self) -> Engine:
         return self
@@ -308,8 +315,8 @@ class Engine:
                 raise InvalidRequestError("has no effect in exact mode", field=field, remedy='give mode="river" too')
         if not self.model.river:
             if mode == "river" or options is not None:
-                remedy = 'load the engine with mode="river"'
-                raise InvalidRequestError("no river is loaded", field="mode", remedy=remedy)
+                asked, remedy = ("mode", 'mode="river"') if mode == "river" else ("river", 'draft="river"')
+                raise InvalidRequestError("no river is loaded", field=asked, remedy=f"load the engine with {remedy}")
             return mode, None
         if mode == "exact":
             return mode, None
@@ -471,7 +478,7 @@ class Engine:
         stats, began = generation.output.stats, time.perf_counter()
         with self._step_lock:
             self._require_open()
-            rewritten, others = sequence.repair()
+            rewritten, others = sequence.repair(generation.context[-1])
         stats.repaired += rewritten
         stats.repair_disagreements += others
         stats.repair_s += time.perf_counter() - began
@@ -504,7 +511,8 @@ class Engine:
     ) -> Tensor:
         """Bring a sequence to the end of the request's prompt: float32 logits [1, vocab] for its first token."""
         ids, stats = generation.context, generation.output.stats
-        stats.cached_tokens = sequence.keep_common(ids, exact=river is None)
+        # With repair all before the answer is exact: what an earlier turn left unrepaired is computed again here.
+        stats.cached_tokens = sequence.keep_common(ids, exact=river is None or river.repair > 0)
         started = time.perf_counter()
         gate = None if river is None else river.make_prefill_gate()
         logits = self.extend(sequence, ids[stats.cached_tokens :], gate=gate, trace=trace)

@@ -69,13 +69,14 @@ class LosslessRounds:
         seconds = time.perf_counter() - between
         costs.note_verify(len(drafts), seconds)
         accepted = emitted = 0
+        more = True
         try:
             for row in logits:
                 sampled = generation.choose(row)
                 draft = drafts[emitted] if emitted < len(drafts) else None
                 agreed = draft is not None and draft.token == sampled.token_id
-                accepted, emitted = accepted + agreed, emitted + 1
                 step = generation.step(sampled, source=source if agreed else "backbone")
+                accepted, emitted = accepted + agreed, emitted + 1
                 more = agreed and not generation.finished and not generation.full
                 if not more:
                     self._note(source, drafts, accepted, emitted, between - began, seconds, match)
@@ -86,6 +87,8 @@ class LosslessRounds:
         finally:
             # Positions of drafts that were not accepted, or not said; the last token is computed in the next round.
             sequence.truncate(len(generation.context) - 1)
+            if more:  # left half way: what was not said was not judged
+                self.stats.note(source, drafts[:accepted], accepted, len(drafts), between - began, seconds)
 
     def _room(self) -> int:
         """Tokens that can be drafted so that context and max_tokens hold one more than all of them."""

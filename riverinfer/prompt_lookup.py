@@ -19,9 +19,10 @@ class PromptLookup:
         self._seen = 0
 
     def find(self, context: Sequence[int], longest: int) -> tuple[list[int], int]:
-        """(up to ``longest`` tokens that followed the longest earlier match, length of the match); ([], 0) if none.
+        """(``longest`` tokens that followed the longest earlier match, length of the match); ([], 0) if none.
 
-        ``context`` is what it was at the last call, or longer.
+        Where they reach the end of the text they go on as if it had gone on with them. Of several matches of that
+        length the latest counts. ``context`` is what it was at the last call, or longer.
         """
         # The end of the text itself is no earlier occurrence: it is entered once something follows it.
         for end in range(max(self._seen, SHORTEST), len(context)):
@@ -32,5 +33,9 @@ class PromptLookup:
         for size in range(min(LONGEST, len(context)), SHORTEST - 1, -1):
             start = self._after[size - SHORTEST].get(tuple(context[-size:]))
             if start is not None:
-                return list(context[start : start + longest]), size
+                period = len(context) - start
+                found = list(context[start : start + longest])
+                while len(found) < longest:
+                    found.append(found[-period])
+                return found, size
         return [], 0

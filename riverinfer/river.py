@@ -60,6 +60,8 @@ class RiverOptions:
             if getattr(self, name) not in known:
                 raise InvalidRequestError(f"is {getattr(self, name)!r}", field=name, remedy=f"use {', '.join(known)}")
         check_integer("repair", self.repair, 0)
+        if self.repair and self.prefill != "exact":
+            raise InvalidRequestError("needs exact prompts", field="repair", remedy='leave prefill at "exact"')
         if self.prefill_depth is not None:
             check_integer("prefill_depth", self.prefill_depth, 0)
         SimilarityGate(self.tau, self.min_depth, self.max_depth)
@@ -69,6 +71,8 @@ class RiverOptions:
 
         The gate is then forced open there, for prompts too. Raises InvalidRequestError for a depth the model has not.
         """
+        if held < self.min_depth == 1:
+            return replace(self, min_depth=held).limited(layers, held)  # the default asks for nothing
         for name in ("min_depth", "prefill_depth"):
             depth = getattr(self, name)
             if depth is not None and depth > held:

@@ -47,10 +47,12 @@ def choose_settings(
     path = choice_path(checkpoint, candidates[0])
     stored = _read(path)
     known = {str(settings): settings for settings in candidates}
-    chosen = known.get(stored.get("choice", ""))
-    if chosen is not None and stored.get("key") == _key(model, checkpoint, chosen, candidates):
-        attach(chosen)
-        return chosen
+    choice = stored.get("choice")
+    chosen = known.get(choice) if isinstance(choice, str) else None
+    if chosen is not None:
+        attach(chosen)  # before the key is made: a river that was lost, or is of other weights, is made again
+        if stored.get("key") == _key(model, checkpoint, chosen, candidates):
+            return chosen
     figures: dict[str, dict[str, float]] = {}
     measure = _Measure(model, tokenizer)
     for number, settings in enumerate(candidates):
@@ -69,7 +71,8 @@ def choose_settings(
         aside.write_text(json.dumps({"key": key, "choice": str(chosen), "figures": figures}, indent=1) + "\n")
         aside.replace(path)
     except OSError:
-        aside.unlink(missing_ok=True)  # measured again at the next start
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)  # measured again at the next start
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch
 from riverinfer.calibration import calibrate
 from riverinfer.checkpoint import Checkpoint
 from riverinfer.config import ModelConfig
-from riverinfer.errors import InvalidRequestError
+from riverinfer.errors import ConversionError, InvalidRequestError, RiverinferWarning, WeightsError
 from riverinfer.kernels.quantized_linear import packed_group, quantized_bytes
 from riverinfer.loader import head_rows
 from riverinfer.model import Model
@@ -44,11 +45,17 @@ class RiverRequest:
     def __post_init__(self) -> None:
         for name, value, known in (("river_head", self.head, HEADS), ("draft", self.draft, DRAFTS)):
             if value not in known:
-                raise InvalidRequestError(f"is {value!r}", field=name, remedy=f"use {', '.join(known)}")
+                remedy = f"use {', '.join(known[:-1])} or {known[-1]}"
+                raise InvalidRequestError(f"is {value!r}", field=name, remedy=remedy)
         RiverSettings(*self._settings())
 
     def _settings(self) -> tuple[int, int, str]:
         return 4 if self.bits is None else self.bits, 64 if self.group is None else self.group, self.method
+
+    @property
+    def named(self) -> bool:
+        """Whether a certain river is asked for, or one at all, not only whatever drafts fastest."""
+        return self.bits is not None or self.group is not None or self.draft == "river"
 
     def candidates(
         self, config: ModelConfig, mode: str, dtype: torch.dtype, device: torch.device
@@ -59,15 +66,19 @@ class RiverRequest:
         """
         if mode == "exact" or (mode == "lossless" and self.draft == "lookup"):
             return []
+        if mode == "lossless" and self.bits is None and self.group is None:
+            # The finest group for 4 bits: its scales cost a tenth more to read and are accepted far more often.
+            choices = [[RiverSettings(bits, group, self.method) for group in (32, 64, 128)] for bits in (4, 8)]
+            packed = [[each for each in group if _is_packed(config, each, dtype, device)] for group in choices]
+            found = [group[0] for group in packed if group]
+            if found or self.draft != "river":
+                return found
         named = RiverSettings(*self._settings())
-        if mode == "river" or self.bits is not None or self.group is not None or self.draft == "river":
+        if mode in ("river", "lossless"):
             for rows, columns in linear_shapes(config).values():
                 check_shape((rows, columns), named.bits, named.group)
             return [named]
-        # The finest group for 4 bits: its scales cost a tenth more to read and are accepted far more often.
-        choices = [[RiverSettings(bits, group, self.method) for group in (32, 64, 128)] for bits in (4, 8)]
-        packed = [[each for each in group if _is_packed(config, each, dtype, device)] for group in choices]
-        return [found[0] for found in packed if found]
+        return []
 
 
 def _is_packed(config: ModelConfig, settings: RiverSettings, dtype: torch.dtype, device: torch.device) -> bool:
@@ -98,19 +109,29 @@ def load_river(
     *,
     head: str,
     progress: Progress | None = None,
-) -> RiverSettings:
+    optional: bool = False,
+) -> RiverSettings | None:
     """Give ``model`` its river, made if there is none; of several candidates the one that drafts fastest.
 
-    Raises what ``find_river`` raises.
+    Raises what ``find_river`` raises. An ``optional`` one that cannot be made or kept is done without, with a warning.
     """
     calibrated = partial(calibrate, model, tokenizer)
 
     def attach(settings: RiverSettings) -> None:
+        model.river, model.river_script, model.river_head = [], None, None  # never two in memory
         river = find_river(checkpoint, settings, device=model.device, progress=progress, calibrate=calibrated)
         attach_river(model, river, head_rows(checkpoint, model) if head == "quantized" else None)
         model.script()
 
-    if len(candidates) == 1:
-        attach(candidates[0])
-        return candidates[0]
-    return choose_settings(model, tokenizer, checkpoint, candidates, attach, progress=progress)
+    try:
+        if len(candidates) == 1:
+            attach(candidates[0])
+            return candidates[0]
+        return choose_settings(model, tokenizer, checkpoint, candidates, attach, progress=progress)
+    except (ConversionError, WeightsError) as exc:
+        if not optional:
+            raise
+        model.river, model.river_head = [], None
+        message = f"{checkpoint.model_dir}: there is no river, drafts only repeat what stands in the text ({exc})"
+        warnings.warn(message, RiverinferWarning, stacklevel=3)
+        return None

@@ -132,6 +132,8 @@ class Sampler:
     def guess(self, logits: Tensor, context: Sequence[int]) -> tuple[int, float]:
         """What would be chosen if ``logits`` were the model's own, and how probable the likeliest token is."""
         row = logits[: self._vocab_size]
+        if not bool(row.max().isfinite()):
+            return int(row.argmax()), 0.0  # a draft of no numbers is only wrong
         token, probability = self._choose(row, context)
         if probability is None:
             probability = float((row[token] - row.logsumexp(0)).exp())
@@ -168,6 +170,8 @@ class Sampler:
             ids = order if ids is None else ids[order]
         if params.min_p:
             kept = (row >= row.max() + math.log(params.min_p)).nonzero().squeeze(1)
+            if not len(kept):
+                kept = row.argmax().view(1)  # logits that are no numbers
             row, ids = row[kept], kept if ids is None else ids[kept]
         if ids is None:
             ids = torch.arange(len(row), device=row.device)
@@ -193,18 +197,29 @@ def _mix(value: int) -> int:
 
 def _exponential(seed: int, position: int, ids: Tensor) -> Tensor:
     """Exponential variates float64 [n] for token ids int64 [n]: SplitMix64 started at (seed, position), step id + 1."""
+    return _variates(_start(seed, position), ids)
 
-    def signed(number: int) -> int:
-        return number - (1 << 64) if number >> 63 else number
+
+def _start(seed: int, position: int) -> int:
+    """Where the stream of a position starts, as an int64."""
+    return _signed(_mix(seed ^ _mix(position)))
+
+
+def _variates(start: int | Tensor, ids: Tensor) -> Tensor:
+    """Exponential variates float64 of the streams from ``start``, at ``ids``: int64, broadcast together."""
 
     def shifted(z: Tensor, bits: int) -> Tensor:
         return (z >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift
 
-    z = (ids + 1) * signed(_GAMMA) + signed(_mix(seed ^ _mix(position)))
-    z = (z ^ shifted(z, 30)) * signed(_M1)
-    z = (z ^ shifted(z, 27)) * signed(_M2)
+    z = (ids + 1) * _signed(_GAMMA) + start
+    z = (z ^ shifted(z, 30)) * _signed(_M1)
+    z = (z ^ shifted(z, 27)) * _signed(_M2)
     z = shifted(z ^ shifted(z, 31), 11)  # 53 bits
     return -torch.log((z.double() + 0.5) * 2.0**-53)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _nucleus(row: Tensor, top_p: float, *, ordered: bool) -> tuple[Tensor, Tensor]:

@@ -136,19 +136,27 @@ class TokenSequence:
         by_length = rope.scaled_by_length(end) and not rope.regime(end)
         return not by_length and not self.crosses_regime(count)
 
-    def repair(self) -> tuple[int, int]:
+    def repair(self, following: int) -> tuple[int, int]:
         """Compute all positions that are not exact again in the backbone, in one pass, and rewrite their K and V.
 
-        Returns how many there were, and after how many of them the backbone's likeliest token is not the one that
-        follows. Never fewer tokens than before, whatever interrupts: what is not rewritten stays the river's.
+        ``following``: the token said after the last one. Returns how many positions there were, and after how many of
+        them the backbone's likeliest token is not the one that follows. Never fewer tokens than before, whatever
+        interrupts: until the pass is complete they count as the river's.
         """
         ids, start = self.tokens[self.exact :], self.exact
         if not ids:
             return 0, 0
-        self.truncate(start)
-        logits = self.extend(ids, all_logits=True)
-        said = torch.tensor(ids[1:], device=logits.device)
-        return len(ids), int((logits[:-1].argmax(-1) != said).sum())
+        rope, end = self.model.rope, len(self.tokens)
+        # K that is rotated by the sequence's length gets the length that its own step had.
+        by_length = rope.scaled_by_length(end) and not rope.regime(end)
+        size = 1 if by_length else len(ids)
+        rows = [
+            decode.prefill(self.model, ids[i : i + size], start + i, self._kv, all_logits=True)
+            for i in range(0, len(ids), size)
+        ]
+        self.exact = end
+        said = torch.tensor([*ids[1:], following], device=rows[0].device)
+        return len(ids), int((torch.cat(rows).argmax(-1) != said).sum())
 
     def crosses_regime(self, count: int) -> bool:
         """Whether ``count`` more tokens change the rotary frequencies of all that is cached (longrope)."""

@@ -10,9 +10,21 @@ import torch
 from golden_models import ROOT, Golden
 
 from riverinfer import Engine
+from riverinfer.cache_dir import cache_dir
 from riverinfer.demo import demo_model
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Rivers of the tests' models stay out of the user's cache; the demo model comes from there."""
+    models, folder = cache_dir() / "models", tmp_path_factory.mktemp("cache")
+    models.mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(models, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIVERINFER_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +40,6 @@ def llama() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def demo_dir() -> Path:
+def demo_dir(cache_of_the_tests: None) -> Path:
     """The demo model's folder: fetched once, then from the cache."""
     return demo_model()

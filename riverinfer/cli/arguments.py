@@ -201,7 +201,8 @@ def _river(parser: argparse.ArgumentParser) -> None:
         "--draft",
         choices=("auto", "river", "lookup"),
         default="auto",
-        help="lossless mode: draft in the river, or only repeat what stands in the text (default: auto)",
+        help="lossless mode: lookup repeats what stands in the text and needs no river; river has one even where it is"
+        " no faster than the backbone (default: auto)",
     )
     group.add_argument(
         "--river-method",

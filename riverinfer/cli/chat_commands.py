@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from riverinfer.cli.depth_colors import legend
-from riverinfer.cli.generate import format_stats
+from riverinfer.cli.generate import format_drafts, format_stats
 from riverinfer.cli.setup import describe_params, read_text
 from riverinfer.cli.terminal import Terminal
 from riverinfer.errors import InvalidRequestError, SessionFileError
@@ -240,6 +240,8 @@ class Commands:
                 f"prefill {stats.prefill_s * 1000:.0f} ms ({stats.prefill_tokens_per_s:.0f} tokens/s)"
                 f" · finish reason {session.last_output.finish_reason or 'cut short'} · seed {session.last_output.seed}"
             )
+            if stats.drafts is not None:
+                self._say(format_drafts(stats.drafts))
         self._say(f"{session.cached_tokens()} of {session.engine.ctx_size} positions of context in the cache")
         self._say(str(session.engine.memory()))
 

@@ -12,7 +12,7 @@ from riverinfer.errors import ContextLengthError, InvalidRequestError, Riverinfe
 
 if TYPE_CHECKING:
     from riverinfer.engine import Engine
-    from riverinfer.outputs import Output
+    from riverinfer.outputs import DraftStats, Output
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,6 +61,8 @@ def _generate(args: argparse.Namespace, engine: Engine, prompt: str) -> int:
         print(f"seed {output.seed}", file=sys.stderr)
     if args.stats:
         print(format_stats(output), file=sys.stderr)
+        if output.stats.drafts is not None:
+            print(format_drafts(output.stats.drafts), file=sys.stderr)
         print(engine.memory(), file=sys.stderr)
     if error is not None:
         raise error
@@ -80,6 +82,8 @@ def _as_json(engine: Engine, output: Output, logprobs: int | None, error: Riveri
     }
     if output.exit_depths:
         result["exit_depths"] = output.exit_depths
+    if output.sources:
+        result["sources"] = output.sources
     if logprobs is not None:
         name = engine.tokenizer.token_text
         tops = output.top_logprobs or [()] * len(output.token_ids)
@@ -98,7 +102,7 @@ def _as_json(engine: Engine, output: Output, logprobs: int | None, error: Riveri
 
 
 def format_stats(output: Output) -> str:
-    """The line after an answer: prompt (cached), time to first token, tokens and rate."""
+    """The line after an answer: prompt (cached), time to first token, tokens and rate, what was drafted or repaired."""
     stats = output.stats
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     parts = [f"prompt {stats.prompt_tokens} tokens{cached}", f"first token {stats.ttft_s * 1000:.0f} ms"]
@@ -106,4 +110,31 @@ def format_stats(output: Output) -> str:
     parts.append(f"{stats.new_tokens} tokens{rate}")
     if stats.mean_exit_depth is not None:
         parts.append(f"mean exit depth {stats.mean_exit_depth:.1f}")
+    if stats.repaired:
+        parts.append(f"repaired {stats.repaired} positions, {stats.repair_disagreements} said otherwise")
+    drafts = stats.drafts
+    if drafts is not None and drafts.drafted:
+        shares = (f"{drafts.accepted[source]} of {drafted} {source}" for source, drafted in drafts.drafted.items())
+        parts.append(f"drafts {', '.join(shares)}")
     return " · ".join(parts)
+
+
+def format_drafts(drafts: DraftStats) -> str:
+    """Lossless mode's drafts: rounds, how well the river knew the backbone, and where in a draft it did."""
+    line = f"{drafts.rounds} rounds, {drafts.exact_steps} without a draft"
+    judged = sum(count for _, count in drafts.by_position.values())
+    if drafts.agreement is not None:
+        line += (
+            f" · the backbone agrees with {drafts.agreement * 100:.1f} % of the {judged} river drafts that it judged"
+        )
+    line += f" · drafting {drafts.draft_s * 1000:.0f} ms, verifying {drafts.verify_s * 1000:.0f} ms"
+    for name, table, scale in (
+        ("position", drafts.by_position, 1.0),
+        ("confidence", drafts.by_confidence, 0.1),
+        ("exit depth", drafts.by_depth, 1.0),
+        ("similarity", drafts.by_similarity, 0.1),
+    ):
+        shares = [f"{key * scale:g}: {yes}/{count}" for key, (yes, count) in sorted(table.items())]
+        if len(shares) > 1:
+            line += f"\naccepted by {name}  {'  '.join(shares)}"
+    return line

@@ -67,6 +67,7 @@ def check_flags(args: argparse.Namespace) -> None:
     from riverinfer.river_loading import RiverRequest
 
     sampling_params(args, {})
+    _refuse_idle_flags(args)
     RiverOptions(
         args.tau, args.min_depth, args.max_depth, args.gate, args.prefill, args.prefill_depth, repair=args.repair
     )
@@ -74,6 +75,30 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.chat_template is not None:
         read_text(args.chat_template)
     _system_prompt(args)
+
+
+_RIVER_ONLY = {
+    "tau": 0.5,
+    "min_depth": 1,
+    "max_depth": None,
+    "gate": "similarity",
+    "prefill": "exact",
+    "prefill_depth": None,
+    "backbone_layers": None,
+    "repair": 0,
+}
+
+
+def _refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Flags of river mode do nothing in the others: better said than ignored."""
+    if args.mode == "river":
+        return
+    for name, default in _RIVER_ONLY.items():
+        if getattr(args, name) != default:
+            flag = "--" + name.replace("_", "-")
+            raise InvalidRequestError(f"{flag} has no effect in {args.mode} mode", remedy="add --mode river")
+    if getattr(args, "show_depth", False):
+        raise InvalidRequestError("only river mode has exit depths", remedy="add --mode river")
 
 
 def recommended(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:
