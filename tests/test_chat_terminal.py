@@ -89,7 +89,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 
 
 def test_an_answer_is_followed_by_its_figures(screen: Screen) -> None:
-    assert re.search(r"exact · float32 on cpu, \d+ threads · context 2048", screen.greeting)
+    assert re.search(r"lossless · float32 on cpu, \d+ threads · context 2048", screen.greeting)
     assert "seed" in screen.greeting
     screen.type("Hello\r")
     screen.wait_for(r"prompt \d+ tokens · first token \d+ ms · 8 tokens at [\d.]+ tokens/s")

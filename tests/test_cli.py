@@ -57,9 +57,14 @@ def test_generate_json_has_everything(capsys: pytest.CaptureFixture[str]) -> Non
     arguments = ["-p", "Hi", "-n", "5", "--json", "--logprobs", "2", "--temp", "0.9", "-s", "7"]
     assert main(["generate", MODEL, *arguments, *FLAGS]) == 0
     result = json.loads(capsys.readouterr().out)
-    names = {"model", "mode", "text", "token_ids", "finish_reason", "seed", "stats", "memory", "logprobs"}
+    names = {"model", "mode", "text", "token_ids", "finish_reason", "seed", "stats", "memory", "logprobs", "sources"}
     assert set(result) == names
-    assert (result["model"], result["mode"], result["finish_reason"], result["seed"]) == ("llama", "exact", "length", 7)
+    assert (result["model"], result["mode"], result["finish_reason"], result["seed"]) == (
+        "llama",
+        "lossless",
+        "length",
+        7,
+    )
     assert len(result["token_ids"]) == len(result["logprobs"]) == result["stats"]["new_tokens"] == 5
     for token, entry in zip(result["token_ids"], result["logprobs"], strict=True):
         assert entry["token_id"] == token
@@ -261,7 +266,7 @@ def test_system_undo_edit_clear_show_stats(commands: Commands) -> None:
     assert "user: Hello" in said(commands, "/show messages")
     assert "Be loud." in said(commands, "/show prompt")
     assert "{%" in said(commands, "/show template")
-    assert "mode exact" in said(commands, "/show")
+    assert "mode lossless" in said(commands, "/show")
     assert "positions of context in the cache" in said(commands, "/stats")
     assert commands.interpret("/edit") == Edit("Hello")
     assert "took back: Hello" in said(commands, "/undo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import sys
@@ -232,7 +233,7 @@ def test_never_more_than_a_verification_holds() -> None:
 def test_where_drafts_do_not_pay_they_pause_and_are_tried_again_later_and_later() -> None:
     run = Machine(always(0.1), 0.9, noise=0.0, spread=False).generate(1200)
     tries = [at for drafted, at in zip(run.rounds, run.ends, strict=True) if drafted]
-    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False) if b - a > 4]
+    gaps = [b - a for a, b in itertools.pairwise(tries) if b - a > 4]
     assert gaps[0] < 20 < 100 < gaps[-1] < 140
     assert sorted(gaps[:4]) == gaps[:4]
     assert len(tries) > 10

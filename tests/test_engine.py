@@ -48,7 +48,8 @@ def test_stream_yields_one_step_a_token_whose_texts_join(llama: Engine) -> None:
     assert [step.token_id for step in steps] == want.token_ids
     assert "".join(step.text for step in steps) == want.text == output.text
     assert [step.finish_reason for step in steps] == [None] * 39 + ["length"]
-    assert [step.logprob for step in steps] == want.logprobs
+    # In float32 a verified batch may differ from single tokens in the last bits.
+    assert [step.logprob for step in steps] == pytest.approx(want.logprobs, abs=1e-4)
 
 
 def test_logprobs_are_those_of_the_logits(llama: Engine) -> None:

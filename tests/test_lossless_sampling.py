@@ -223,7 +223,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def test_neighbours_are_not_correlated() -> None:
-    """Between ids, positions and seeds next to each other, also diagonally; 4.2 is the 0.1 % level of 40 comparisons."""
+    """Between ids, positions and seeds next to each other, also diagonally; 4.2: the 0.1 % level of 40 comparisons."""
     here, found = noise(), []
     for shift in (1, 2, 3):
         for lag in (0, 1, 2):

@@ -218,7 +218,6 @@ def test_exact_calls_are_refused_and_told_the_remedy(three: Engine) -> None:
     [
         ({"min_depth": 4}, "min_depth: is 4, but only 3 backbone layers are loaded; lower it"),
         ({"prefill": "fixed", "prefill_depth": 4}, "prefill_depth: is 4, but only 3 backbone layers are loaded"),
-        ({"backbone_layers": 0, "min_depth": 1}, "min_depth: is 1, but only 0 backbone layers are loaded"),
         ({"mode": "exact"}, "backbone_layers: needs river mode"),
         ({"mode": "lossless"}, "backbone_layers: needs river mode"),
         ({"backbone_layers": -1}, "backbone_layers: is -1; give an integer of at least 0 and at most 5"),
@@ -344,5 +343,5 @@ def test_the_command_line_shows_it(
     assert capsys.readouterr().err == ("riverinfer: min_depth: is 3, but only 2 backbone layers are loaded; lower it\n")
     assert main(["generate", model, "-p", "x", "--mode", "exact", "--backbone-layers", "2"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("riverinfer: backbone_layers: needs river mode")
+    assert error.startswith("riverinfer: --backbone-layers has no effect in exact mode; add --mode river")
     assert error.count("\n") == 1

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from forced_drafts import distance_from_exact, random_ids, relative
 from golden_models import NAMES, ROOT, copy_model, edit_json, make_cache
 from torch import Tensor
@@ -135,7 +134,9 @@ def test_lengths_that_turn_k_are_kept(tmp_path: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 original = TokenSequence.repair
 
-                def repair(sequence: TokenSequence, following: int) -> tuple[int, int]:
+                def repair(  # type: ignore[no-untyped-def]
+                    sequence: TokenSequence, following: int, held=held, original=original, length=length
+                ) -> tuple[int, int]:
                     held[:] = [sequence]
                     result = original(sequence, following)
                     wanted = one_by_one(engine, sequence.tokens, length)
@@ -226,9 +227,6 @@ def test_the_command_line_counts_them(engine: Engine, capsys: pytest.CaptureFixt
     assert f"repaired 32 positions, {want.repair_disagreements} said otherwise" in capsys.readouterr().err
 
 
-def test_the_prefill_gate_may_leave_a_whole_prompt_to_repair(engine: Engine) -> None:
-    options = RiverOptions(gate="always", prefill="fixed", prefill_depth=1, repair=EVERY)
-    output = engine.generate(random_ids(20, 4), PARAMS, river=options)
-    assert output.stats.repaired >= 20 + EVERY
-    cache: list[tuple[Tensor, Tensor]] = make_cache(engine.model, 64)
-    assert torch.isfinite(prefill(engine.model, output.prompt_token_ids, 0, cache)).all()
+def test_repair_wants_exact_prompts() -> None:
+    with pytest.raises(InvalidRequestError, match="repair: needs exact prompts"):
+        RiverOptions(prefill="fixed", repair=EVERY)
