@@ -129,7 +129,7 @@ def interpreted_formula(kind: Bits) -> None:
     shapes = [(n, k) for n, k in ((70, 96), (40, 112), (64, 128), (34, 64), (6, 256)) if k % group == 0]
     if kind == (8, 0):
         shapes = [(70, 96), (34, 192)]
-    every = 1 if kind in (DENSE, (4, 64)) else 3
+    every = 1 if kind in (DENSE, (4, 64)) else 5
     for index, options in enumerate(OPTIONS[::every]):
         n, k = shapes[index % len(shapes)]
         tokens = (1, 3, 8, 9, 16)[index % 5]
@@ -173,7 +173,7 @@ def interpreted_rows(kind: Bits, norm: bool) -> None:
 
     whole = call(slice(0, 16))
     assert torch.equal(call(order), whole[order])
-    for tokens in range(1, 16):
+    for tokens in (1, 7, 8, 9, 15) if norm else range(1, 16):
         assert torch.equal(call(slice(0, tokens)), whole[:tokens])
         assert torch.equal(call(slice(tokens, tokens + 1)), whole[tokens : tokens + 1])
 
@@ -288,7 +288,7 @@ def interpreted_dual(kind: Bits, split: int, options: tuple[bool, ...], loads: l
     config = triton_linear.Config(block_n=32, split=split)
     dense, river = random(n, k).bfloat16(), packed(n, k, *kind)
     workspace = triton_linear.Workspace("cpu", 2**15, 64)
-    for flags in ([0], [1], [2], [0, 0, 0], [1] * 8, [2, 2], [0, 1, 2, 1, 0], [0] * 8 + [1, 2, 1], [2] * 8 + [0, 1]):
+    for flags in ([0], [1], [2], [0, 1, 2, 1, 0], [0] * 8 + [1, 2, 1], [2] * 8 + [0, 1]):
         path = torch.tensor(flags, dtype=torch.int32)
         arguments = surroundings(len(flags), n, k, *options)
         x, residual = arguments.pop("x"), arguments["residual"]
@@ -458,12 +458,12 @@ def compile_kernel() -> Callable[..., tuple[str, dict[str, int]]]:
 @pytest.mark.parametrize(
     ("matrix", "kind", "dual", "capability"),
     [
-        *((matrix, (4, 64), True, 90) for matrix in ("qkv", "o", "gate_up")),
-        *(("gate_up", kind, True, 90) for kind in ((4, 32), (4, 128), (8, 64), (8, 128))),
+        *((matrix, (4, 64), True, 90) for matrix in ("qkv", "gate_up")),
+        *(("gate_up", kind, True, 90) for kind in ((4, 32), (4, 128), (8, 128))),
         ("gate_up", DENSE, False, 90),
         ("down", DENSE, False, 90),
         ("down", (4, 64), False, 90),
-        ("o", (8, 64), False, 90),
+        ("o", (8, 64), True, 90),
         ("gate_up", (4, 64), True, 80),
     ],
 )
