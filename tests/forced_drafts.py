@@ -74,6 +74,20 @@ def draft_from(
     patch.setattr(LosslessRounds, "_draft", draft)
 
 
+def river_and_known(patch: pytest.MonkeyPatch, answer: Sequence[int], drafted: int) -> None:
+    """Every third round drafts so many tokens in the river, the others take ``answer``, with a mistake now and then:
+    a long answer in little time, whose cache river drafts and refused ones touched everywhere."""
+    force(patch, [("river", drafted)])
+    in_the_river = LosslessRounds._draft
+    draft_from(patch, answer, lambda i: i % 19 == 7)
+    known = LosslessRounds._draft
+
+    def draft(rounds: LosslessRounds, room: int) -> tuple[str | None, list[Drafted], int]:
+        return (known if rounds.stats.rounds % 3 else in_the_river)(rounds, room)
+
+    patch.setattr(LosslessRounds, "_draft", draft)
+
+
 def after_every_round(patch: pytest.MonkeyPatch, check: Callable[[TokenSequence, list[int]], None]) -> None:
     """Call ``check`` with the sequence and all tokens so far at the end of each round."""
     original = LosslessRounds._round

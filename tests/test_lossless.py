@@ -32,7 +32,8 @@ from riverinfer.river import RiverOptions
 from riverinfer.sequence import TokenSequence
 from riverinfer.session import ChatSession
 
-PARAMS = SamplingParams(max_tokens=60, ignore_eos=True, seed=1)
+PARAMS = SamplingParams(max_tokens=50, ignore_eos=True, seed=1)
+SHORT = replace(PARAMS, max_tokens=24)
 HOT = replace(PARAMS, temperature=1.0, seed=3)
 PROMPT = "Once upon a time"
 needs_packing = pytest.mark.skipif(
@@ -87,16 +88,16 @@ def test_texts_are_those_of_exact_mode(name: str, monkeypatch: pytest.MonkeyPatc
     params = replace(PARAMS, logprobs=2)
     with load(name) as engine:
         # 40 and 60: the answer of phi3 crosses the border of its long frequencies, at 64.
-        for length in (1, 7, 40, 60):
+        for length in (1, 40, 60):
             prompt = random_ids(length, seed=length)
             want = engine.generate(prompt, params, mode="exact")
-            for plan in ([("river", MAX_DRAFT)], [("river", 3)], random_plan(length), random_plan(length + 1)):
+            for plan in ([("river", MAX_DRAFT)], random_plan(length), random_plan(length + 1)):
                 force(monkeypatch, plan)
                 got = engine.generate(prompt, params)
                 assert_same(got, want)
                 assert got.stats.drafts is not None
                 assert got.stats.drafts.accepted["river"] > 0
-                assert got.stats.drafts.rounds < 59
+                assert got.stats.drafts.rounds < 49
 
 
 @needs_packing
@@ -130,7 +131,7 @@ def test_no_schedule_changes_the_text(
         assert_same(engine.generate(prompt, params), engine.generate(prompt, params, mode="exact"))
 
 
-@given(wrong=st.sets(st.integers(0, 59)), length=st.integers(1, 40))
+@given(wrong=st.sets(st.integers(0, 49)), length=st.integers(1, 40))
 @settings(max_examples=25, deadline=None)
 def test_wrong_drafts_are_found_wherever_they_are(bare: Engine, wrong: set[int], length: int) -> None:
     prompt = random_ids(length, seed=length)
@@ -140,7 +141,7 @@ def test_wrong_drafts_are_found_wherever_they_are(bare: Engine, wrong: set[int],
         got = bare.generate(prompt, PARAMS)
     assert_same(got, want)
     # A wrong draft ends its round, whose last token is the backbone's own; a right one is that of the draft.
-    assert [i for i, source in enumerate(got.sources) if source == "backbone"] == expected_corrections(wrong, 60)
+    assert [i for i, source in enumerate(got.sources) if source == "backbone"] == expected_corrections(wrong, 50)
 
 
 def expected_corrections(wrong: set[int], tokens: int) -> list[int]:
@@ -247,7 +248,7 @@ def test_a_stop_token_inside_a_draft(bare: Engine, monkeypatch: pytest.MonkeyPat
 
 def test_the_river_drafts_nothing_behind_an_end_of_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = engine.generate(PROMPT, PARAMS, mode="exact")
-    token = whole.token_ids[30]
+    token = whole.token_ids[25]
     first = whole.token_ids.index(token)
     params = replace(PARAMS, stop_token_ids=(token,))
     long_drafts(monkeypatch)
@@ -267,7 +268,7 @@ def test_max_tokens_inside_a_draft(engine: Engine, bare: Engine, monkeypatch: py
                 long_drafts(patch)
             else:
                 draft_from(patch, whole.token_ids)
-            for count in (1, 2, 3, 9, 15, 16, 17, 18, 33, 60):
+            for count in (1, 2, 3, 15, 16, 17, 18, 50):
                 got = used.generate(PROMPT, replace(PARAMS, max_tokens=count))
                 assert got.token_ids == whole.token_ids[:count]
                 assert got.finish_reason == "length"
@@ -312,7 +313,7 @@ def test_after_every_round_the_cache_is_that_of_a_fresh_prefill(name: str, monke
         for seed in (1, 2):
             force(monkeypatch, random_plan(seed))
             engine.generate(random_ids(10 + 15 * seed, seed), PARAMS)
-    assert len(rounds) > 20
+    assert len(rounds) > 15
     assert max(rounds) < 1e-5
 
 
@@ -380,7 +381,7 @@ def interrupt(patch: pytest.MonkeyPatch, target: Any, attribute: str, call: int,
 
 
 def next_turns(engine: Engine, interrupted: ChatSession) -> None:
-    """Two turns more, which must be those of an exact chat whose first answer was stopped at the same token."""
+    """Another turn, which must be that of an exact chat whose first answer was stopped at the same token."""
     assert interrupted.last_output is not None
     said = interrupted.last_output.token_ids
     exact = engine.session()
@@ -388,13 +389,11 @@ def next_turns(engine: Engine, interrupted: ChatSession) -> None:
     assert [next(steps).token_id for _ in said] == said
     steps.close()  # type: ignore[attr-defined]
     assert exact.messages == interrupted.messages
-    for text in ("More", "And more"):
-        for session, mode in zip((interrupted, exact), MODES, strict=True):
-            list(session.send(text, PARAMS, mode=mode))
-        assert interrupted.last_output is not None
-        assert exact.last_output is not None
-        assert interrupted.last_output.stats.cached_tokens > 0
-        assert_same(interrupted.last_output, exact.last_output)
+    for session, mode in zip((interrupted, exact), MODES, strict=True):
+        list(session.send("More", SHORT, mode=mode))
+    assert exact.last_output is not None
+    assert interrupted.last_output.stats.cached_tokens > 0
+    assert_same(interrupted.last_output, exact.last_output)
     interrupted.close()
     exact.close()
 
@@ -403,13 +402,13 @@ def next_turns(engine: Engine, interrupted: ChatSession) -> None:
 @pytest.mark.parametrize(
     ("place", "attribute", "calls"),
     [
-        ("riverinfer.engine.Engine", "draft", (1, 20, 33)),
-        ("riverinfer.engine.Engine", "extend", (3, 4)),
-        ("riverinfer.decode", "_walk", (17, 18, 19, 34)),
-        ("riverinfer.model.Model", "logits", (17, 18, 19)),
+        ("riverinfer.engine.Engine", "draft", (1, 20)),
+        ("riverinfer.engine.Engine", "extend", (3,)),
+        ("riverinfer.decode", "_walk", (17, 19)),  # of a verification, and of the draft after it
+        ("riverinfer.model.Model", "logits", (17, 19)),
         ("riverinfer.sequence.TokenSequence", "_append", (2, 3)),
-        ("riverinfer.generation.Generation", "choose", (2, 5, 9)),
-        ("riverinfer.generation.Generation", "step", (2, 5, 9)),
+        ("riverinfer.generation.Generation", "choose", (2, 5)),
+        ("riverinfer.generation.Generation", "step", (2, 9)),
     ],
 )
 def test_ctrl_c_inside_a_round(
@@ -429,7 +428,7 @@ def test_ctrl_c_inside_a_round(
         next_turns(engine, session)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 7, 12])
+@pytest.mark.parametrize("count", [1, 2, 7])
 def test_a_consumer_that_stops_inside_a_round(count: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     long_drafts(monkeypatch)
     for leave in ("throw", "close"):

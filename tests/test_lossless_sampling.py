@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ FILTERS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3},
     {"temperature": 0.0, "repetition_penalty": 1.4},
 ]
-NAMES = ("llama", "mistral", "phi3", "qwen3")
+NAMES = ("llama", "phi3")
 
 
 # --- the text of a seed -----------------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ def check_texts(engine: Engine, tokens: int, *, to_the_bit: bool) -> None:
         prompt = random_ids(8 + 9 * number, number)
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=number, **filters)
         want = engine.generate(prompt, params, mode="exact")
-        for plan in ([("river", MAX_DRAFT)], [("river", 1), ("none", 1)], random_plan(number)):
+        for plan in ([("river", MAX_DRAFT)], random_plan(number)):
             with pytest.MonkeyPatch.context() as patch:
                 force(patch, plan)
                 assert_same(engine.generate(prompt, params), want, to_the_bit=to_the_bit)
@@ -52,7 +51,7 @@ def check_texts(engine: Engine, tokens: int, *, to_the_bit: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seeds_text_is_that_of_exact_mode_whatever_is_drafted(name: str) -> None:
     with load(name) as engine:
-        check_texts(engine, 50, to_the_bit=False)
+        check_texts(engine, 40, to_the_bit=False)
 
 
 @needs_packing
@@ -60,17 +59,6 @@ def test_a_seeds_text_is_that_of_exact_mode_whatever_is_drafted(name: str) -> No
 def test_in_bfloat16_so_are_its_probabilities_to_the_bit(name: str) -> None:
     with load(name, "bfloat16") as engine:
         check_texts(engine, 40, to_the_bit=True)
-
-
-@needs_packing
-def test_on_the_demo_model_too(demo_dir: Path) -> None:
-    with load(demo_dir, "bfloat16", ctx_size=256, max_sequences=1, river_group=64) as engine:
-        for number, filters in enumerate(FILTERS[1:]):
-            params = SamplingParams(max_tokens=24, ignore_eos=True, seed=number, **filters)
-            want = engine.generate("Tell me about a strange dream.", params, mode="exact")
-            with pytest.MonkeyPatch.context() as patch:
-                force(patch, [("river", 6), ("river", 2), ("lookup", 9)])
-                assert_same(engine.generate("Tell me about a strange dream.", params), want, to_the_bit=True)
 
 
 @given(wrong=st.sets(st.integers(0, 39)), filters=st.sampled_from(FILTERS), seed=st.integers(0, 2**70))
