@@ -1,20 +1,11 @@
-"""The Triton kernels without a GPU: interpreted against their references, and compiled for NVIDIA's architectures.
-
-Triton decides between interpreting and compiling when a kernel is defined, so each takes a process of its own: pytest
-again on this file, collecting ``interpreted_*`` or ``compiled_*`` instead of ``test_*``. The rest of the suite never
-imports the kernels.
-"""
+"""The matrix kernels without a GPU: interpreted against their references, and compiled for NVIDIA's architectures."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,38 +13,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton_process import LARGEST, Compiled, collect, compile_kernel, needs_triton, run
 
 HERE = Path(__file__)
 BENCH = HERE.parent.parent / "bench" / "gpu.py"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 Bits = tuple[int, int]  # bits and group; 16, 0: bfloat16
 DENSE = (16, 0)
 KINDS: list[Bits] = [DENSE, *product((4, 8), (32, 64, 128)), (8, 0)]
 
 
-def run(arguments: list[str], cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
-    env = {**clean, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
-
-
-def collect(prefix: str, cache: Path, **env: str) -> None:
-    """Run the functions of this file that begin with ``prefix``; all must pass."""
-    options = ["-o", f"python_functions={prefix}*", "-p", "no:cacheprovider"]
-    done = run(["-m", "pytest", *options, str(HERE)], cache, **env)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout)
-
-
 @needs_triton
 def test_kernels_agree_with_their_references_when_interpreted(tmp_path: Path) -> None:
-    collect("interpreted_", tmp_path, TRITON_INTERPRET="1")
+    collect(__file__, "interpreted_", tmp_path, TRITON_INTERPRET="1")
 
 
 @needs_triton
 def test_kernels_compile_for_hopper_and_ampere(tmp_path: Path) -> None:
-    collect("compiled_", tmp_path)
+    collect(__file__, "compiled_", tmp_path)
 
 
 @needs_triton
@@ -379,7 +356,6 @@ TYPES = {
     "path": "*i32", "norm": "*fp32", "river_norm": "*fp32", "w": "*bf16", "pairs": "*i32", "bias": "*bf16",
     "residual": "*fp32", "workspace": "*fp32", "counters": "*i32", "T": "i32", "eps": "fp32",
 }  # fmt: skip
-LARGEST = 99 * 1024  # bytes of shared memory: what a program may have on every GPU since Ampere
 LAYER = {  # of Llama 3.1 8B: N, K, norm, silu, residual
     "qkv": (6144, 4096, True, False, False),
     "o": (4096, 4096, False, False, True),
@@ -388,71 +364,29 @@ LAYER = {  # of Llama 3.1 8B: N, K, norm, silu, residual
 }
 
 
-def spills_in_loops(assembly: str) -> int:
-    """Accesses to local memory in innermost loops, from a label to a jump back. Elsewhere they cost nothing.
-
-    Code that was moved out of line also jumps back, over loops.
-    """
-    labels: dict[str, int] = {}
-    lines = assembly.splitlines()
-    spills = [index for index, line in enumerate(lines) if re.search(r"\b(STL|LDL)\b", line)]
-    count = latest = 0
-    for index, line in enumerate(lines):
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = index
-        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-        if jump and labels.get(jump[1], -1) > latest:
-            latest = labels[jump[1]]
-            count += sum(latest < spill < index for spill in spills)
-    return count
-
-
-@pytest.fixture(scope="module")
-def compile_kernel() -> Callable[..., tuple[str, dict[str, int]]]:
-    """PTX, bytes of shared memory, and spills of a kernel for a matrix of ``LAYER``, alone or ``dual``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def build(matrix: str, kind: Bits, *, dual: bool, capability: int) -> Compiled:
+    """The kernel for a matrix of ``LAYER``, alone or ``dual``."""
     from riverinfer.kernels.triton_dual_linear import dual_linear_kernel
     from riverinfer.kernels.triton_linear import COLUMNS, config_for, linear_kernel
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-    def build(matrix: str, kind: Bits, *, dual: bool, capability: int) -> tuple[str, dict[str, int]]:
-        n, k, norm, silu, residual = LAYER[matrix]
-        config, (bits, group) = config_for(n, k), kind
-        stored = {16: "*bf16", 4: "*i16", 8: "*u8"}[bits]
-        types = {**TYPES, "x": "*fp32" if norm else "*bf16", "out": "*fp32" if residual else "*bf16", "q": stored}
-        packed_stages = bits != 16 and not dual
-        constants: dict[str, Any] = {
-            "SILU": silu, "N": n, "K": k, "BITS": bits, "GROUP": group, "BN": config.block_n, "BM": COLUMNS,
-            "BK": config.block_k, "STAGES": config.packed_stages if packed_stages else config.stages,
-            "UNROLL": 1 if bits == 16 else config.unroll(group), "SPLIT": config.split,
-        }  # fmt: skip
-        if dual:
-            constants["PACKED_STAGES"] = config.packed_stages
-        else:
-            types["w"] = stored
-        absent = ["bias"] + ["norm", "river_norm"] * (not norm) + ["residual"] * (not residual)
-        absent += ["workspace", "counters"] * (config.split == 1) + ["pairs"] * (bits == 16)
-        function = dual_linear_kernel if dual else linear_kernel
-        names = function.arg_names
-        constants |= {name: None for name in absent if name in names}
-        signature = {name: "constexpr" if name in constants else types[name] for name in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-        source = ASTSource(function, signature, constants, aligned)
-        options = {"num_warps": config.warps, "enable_fp_fusion": False}
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        usage = {"shared": made.metadata.shared}
-        if (tools / "nvdisasm").exists():
-            cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-            cubin.write_bytes(made.asm["cubin"])
-            told = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-            usage["spills"] = spills_in_loops(told)
-        return made.asm["ptx"], usage
-
-    return build
+    n, k, norm, silu, residual = LAYER[matrix]
+    config, (bits, group) = config_for(n, k), kind
+    stored = {16: "*bf16", 4: "*i16", 8: "*u8"}[bits]
+    types = {**TYPES, "x": "*fp32" if norm else "*bf16", "out": "*fp32" if residual else "*bf16", "q": stored}
+    packed_stages = bits != 16 and not dual
+    constants: dict[str, Any] = {
+        "SILU": silu, "N": n, "K": k, "BITS": bits, "GROUP": group, "BN": config.block_n, "BM": COLUMNS,
+        "BK": config.block_k, "STAGES": config.packed_stages if packed_stages else config.stages,
+        "PACKED_STAGES": config.packed_stages, "UNROLL": 1 if bits == 16 else config.unroll(group),
+        "SPLIT": config.split,
+    }  # fmt: skip
+    if not dual:
+        types["w"] = stored
+    absent = ["bias"] + ["norm", "river_norm"] * (not norm) + ["residual"] * (not residual)
+    absent += ["workspace", "counters"] * (config.split == 1) + ["pairs"] * (bits == 16)
+    constants |= dict.fromkeys(absent)
+    function = dual_linear_kernel if dual else linear_kernel
+    return compile_kernel(function, types, constants, warps=config.warps, capability=capability)
 
 
 @pytest.mark.parametrize(
@@ -467,16 +401,15 @@ def compile_kernel() -> Callable[..., tuple[str, dict[str, int]]]:
         ("gate_up", (4, 64), True, 80),
     ],
 )
-def compiled_instructions(
-    matrix: str, kind: Bits, dual: bool, capability: int, compile_kernel: Callable[..., tuple[str, dict[str, int]]]
-) -> None:
+def compiled_instructions(matrix: str, kind: Bits, dual: bool, capability: int) -> None:
     """One kind of matrix instruction, 16-byte copies of weights, no spills, and room on every GPU."""
-    ptx, usage = compile_kernel(matrix, kind, dual=dual, capability=capability)
+    made = build(matrix, kind, dual=dual, capability=capability)
+    ptx = made.ptx
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
     assert "wgmma" not in ptx  # it rounds otherwise
     assert re.search(r"cp\.async\.cg\.shared\.global.*0x10,", ptx)
-    assert usage["shared"] <= LARGEST
-    assert not usage.get("spills")
+    assert made.shared <= LARGEST
+    assert not made.spills
     if kind[0] == 4:
         assert "lop3.b32" in ptx
         assert not re.search(r"cvt\.rn\.f32\.[su]", ptx.replace("cvt.rn.f32.s32", ""))  # no integer is converted

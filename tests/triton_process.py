@@ -1,0 +1,109 @@
+"""Triton without a GPU. It decides between interpreting and compiling when a kernel is defined, so each takes a process
+of its own: pytest again on a test file, collecting ``interpreted_*`` or ``compiled_*`` instead of ``test_*``. The rest
+of the suite never imports the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+LARGEST = 99 * 1024  # bytes of shared memory: what a program may have on every GPU since Ampere
+
+
+def run(arguments: list[str], cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python with a clean environment, one thread, and Triton's cache in ``cache``."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
+    env = {**clean, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
+
+
+def collect(file: str, prefix: str, cache: Path, **env: str) -> None:
+    """Run the functions of a test file that begin with ``prefix``; all must pass."""
+    options = ["-o", f"python_functions={prefix}*", "-p", "no:cacheprovider"]
+    done = run(["-m", "pytest", *options, file], cache, **env)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers: per thread. shared: bytes a program. spills: accesses to local memory in innermost loops; elsewhere
+    they cost nothing. local: bytes of local memory a thread."""
+
+    ptx: str
+    registers: int
+    shared: int
+    spills: int
+    local: int
+
+
+def compile_kernel(
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    warps: int,
+    capability: int = 90,
+    multiples: Iterable[str] = (),
+    **options: Any,
+) -> Compiled:
+    """A kernel for an NVIDIA architecture, compiled without a GPU.
+
+    types: those of the arguments that are not in ``constants``; more may be given. Pointers start at multiples of 16
+    bytes, and so are the integers named in ``multiples``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in set(multiples)]
+    source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": warps, "enable_fp_fusion": False, **options}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(made.asm["cubin"])
+        cubin.flush()
+
+        def tool(*command: str) -> str:
+            arguments = [str(tools / command[0]), *command[1:], cubin.name]
+            return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage")))
+        spills = spills_in_loops(tool("nvdisasm", "-c"))
+    local = int(usage["STACK"]) + int(usage["LOCAL"])
+    return Compiled(made.asm["ptx"], int(usage["REG"]), made.metadata.shared, spills, local)
+
+
+def spills_in_loops(assembly: str) -> int:
+    """Accesses to local memory in innermost loops, from a label to a jump back.
+
+    Code that was moved out of line also jumps back, over loops.
+    """
+    labels: dict[str, int] = {}
+    lines = assembly.splitlines()
+    spills = [index for index, line in enumerate(lines) if re.search(r"\b(STL|LDL)\b", line)]
+    count = latest = 0
+    for index, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = index
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if jump and labels.get(jump[1], -1) > latest:
+            latest = labels[jump[1]]
+            count += sum(latest < spill < index for spill in spills)
+    return count
