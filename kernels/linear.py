@@ -6,7 +6,9 @@ On a CPU, oneDNN multiplies from a blocked copy of the weights: for bfloat16 at 
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -82,11 +84,21 @@ def packing_works(dtype: torch.dtype) -> bool:
         return False
 
 
+@cache
+def triton_runs(device_type: str) -> bool:
+    """Whether Triton's kernels run there: on NVIDIA GPUs from Ampere on; on a CPU interpreted, for tests."""
+    if find_spec("triton") is None:
+        return False
+    if device_type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    return device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The fastest exact form of ``weight`` [N, K] for its device and dtype.
 
     Float32 stays plain: its blocked form was no faster, and cost a second copy of a tied head.
     """
-    if weight.device.type == "cpu" and packing_works(weight.dtype):
+    if weight.device.type == "cpu" and packing_works(weight.dtype) and not triton_runs("cpu"):
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)

@@ -1,8 +1,8 @@
 """Matrices of 4- and 8-bit weights: w = (q - 2 ** (bits - 1)) * scale + offset, with one scale and offset per group.
 
-The reference multiplies with the dequantized matrix. On a CPU in bfloat16, torch's own packed kernel reads the small
-weights directly: 4-bit ones as they are, 8-bit ones as two nibbles each, for torch's 8-bit kernel is slower from memory
-and takes one scale a row only.
+The reference multiplies with the dequantized matrix. On a GPU Triton's kernels read the packed one. On a CPU in
+bfloat16, torch's own packed kernel does: 4-bit weights as they are, 8-bit ones as two nibbles each, for torch's 8-bit
+kernel is slower from memory and takes one scale a row only.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from riverinfer.kernels.linear import Linear, make_linear
+from riverinfer.kernels.linear import Linear, make_linear, triton_runs
 
 _KERNEL_GROUPS = (128, 64, 32)
 _ROWS = 4096  # packed at once: a multiple of the rows that the packed form keeps together, at most 64
@@ -74,6 +75,28 @@ class CpuNibblesLinear:
         return y if self.bias is None else y + self.bias
 
 
+class TritonPackedLinear:
+    """The GPU kernels' form: up to 16 tokens read the packed weights, more of them a copy dequantized for the call.
+
+    ``packed`` is a ``triton_linear.PackedWeights``.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, offset: Tensor, *, bits: int, bias: Tensor | None = None) -> None:
+        from riverinfer.kernels.triton_linear import MAX_TOKENS, linear, packed_weights
+        from riverinfer.weights_convert.packing import pack
+
+        group = q.shape[1] // scale.shape[1]
+        self.packed = packed_weights(pack(q, bits, group), scale, offset, bits=bits, group=group)
+        self.in_features, self.bias = q.shape[1], bias
+        self.weight_bytes = self.packed.nbytes
+        self._linear, self._few = linear, MAX_TOKENS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) <= self._few:
+            return self._linear(x.contiguous(), self.packed, bias=self.bias)
+        return F.linear(x, self.packed.dequantize().to(x.dtype), self.bias)
+
+
 @cache
 def _kernel_works(group: int) -> bool:
     """Whether this torch build multiplies 4-bit weights of this group size on the CPU, and rightly: tried."""
@@ -95,6 +118,8 @@ def packed_group(rows: int, columns: int, bits: int, group: int, dtype: torch.dt
 
     It divides ``group``, whose scales are then repeated.
     """
+    if dtype == torch.bfloat16 and triton_runs(device.type):
+        return next((size for size in _KERNEL_GROUPS if (group or columns) % size == 0), 0)
     if device.type != "cpu" or dtype != torch.bfloat16 or rows * bits // 4 % 16:
         return 0
     fits = (size for size in _KERNEL_GROUPS if (group or columns) % size == 0 and _kernel_works(size))
@@ -106,6 +131,8 @@ def quantized_bytes(rows: int, columns: int, bits: int, group: int, dtype: torch
     read = packed_group(rows, columns, bits, group, dtype, device)
     if not read:
         return rows * columns * dtype.itemsize
+    if triton_runs(device.type):
+        return rows * columns * bits // 8 + rows * columns // read * 4
     nibbles = rows * bits // 4 * columns
     return nibbles // 2 + nibbles // read * 4
 
@@ -123,5 +150,7 @@ def make_quantized_linear(
     read = packed_group(rows, columns, bits, group, dtype, q.device)
     if read:
         scale, offset = (x.repeat_interleave(group // read, 1) for x in (scale, offset))  # [N, K / read]
+        if triton_runs(q.device.type):
+            return TritonPackedLinear(q, scale, offset, bits=bits, bias=bias)
         return CpuInt4Linear(q, scale, offset, bias) if bits == 4 else CpuNibblesLinear(q, scale, offset, bias)
     return make_linear(dequantize(q, scale, offset, bits).to(dtype), bias)

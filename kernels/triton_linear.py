@@ -40,6 +40,7 @@ from torch import Tensor
 
 from riverinfer.errors import InvalidRequestError
 from riverinfer.kernels.quantized_linear import dequantize
+from riverinfer.kernels.triton_gate import SUMS, leave_shares
 from riverinfer.weights_convert.packing import unpack
 
 MAX_TOKENS = 16
@@ -163,10 +164,13 @@ def products(
 
 @triton.jit
 def epilogue(
-    acc, squares, rows, bias, residual, out, eps, wanted, tokens, block,
+    acc, squares, rows, bias, residual, out, eps, wanted, tokens, block, before, shares,
     HAS_NORM: tl.constexpr, SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the sums of all of K, and the store of the ``wanted`` tokens."""
+    """Everything after the sums of all of K, and the store of the ``wanted`` tokens.
+
+    before: None, or float32 states [T, N] that the output is compared with; for ``shares`` see ``leave_shares``.
+    """
     y = acc  # [BN, BM]
     if HAS_NORM:
         y = y * tl.rsqrt(squares / K + eps)[None, :]
@@ -186,18 +190,22 @@ def epilogue(
         tl.store(out + at, to_bfloat16(y), mask=mask)
     else:
         tl.store(out + at, y, mask=mask)
+    if before is not None:
+        a = tl.load(before + at, mask=mask, other=0.0)
+        leave_shares(a, y, mask, wanted, shares, block, tl.num_programs(1), BM)
 
 
 @triton.jit
 def compute(
-    x, norm, w, pairs, bias, residual, out, workspace, counters, T, eps, wanted, part,
+    x, norm, w, pairs, bias, residual, out, workspace, counters, T, eps, wanted, part, before, shares,
     SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What a program does for one kind of weights. Grid: (blocks of tokens, blocks of rows, SPLIT).
 
-    ``part`` 0 or 1 is the share of workspace and counters that this kind of weights has for itself.
+    ``part`` 0 or 1 is the share of workspace and counters that this kind of weights has for itself; ``before`` and
+    ``shares`` as in ``epilogue``. Returns 1 from the program that completed its tile, the last of the splits, else 0.
     """
     block, split = tl.program_id(1), tl.program_id(2)
     tokens = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -212,8 +220,12 @@ def compute(
         x, norm, w, pairs, rows, tokens, T, split, N, K, BITS, GROUP, BN, BM, BK, STAGES, UNROLL, SPLIT
     )  # fmt: skip
     HAS_NORM: tl.constexpr = norm is not None
+    completed = 1
     if SPLIT == 1:
-        epilogue(acc, squares, rows, bias, residual, out, eps, wanted, tokens, block, HAS_NORM, SILU, N, K, BN, BM)
+        epilogue(
+            acc, squares, rows, bias, residual, out, eps, wanted, tokens, block, before, shares,
+            HAS_NORM, SILU, N, K, BN, BM,
+        )  # fmt: skip
     else:
         j = tl.arange(0, BM)
         TILE: tl.constexpr = (BN + 1) * BM  # sums, and a row of squares
@@ -225,7 +237,9 @@ def compute(
         if HAS_NORM:
             tl.store(tile + split * TILE + BN * BM + j, squares, mask=used)
         tl.debug_barrier()  # every thread's stores come before the count
-        if tl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+        last = tl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+        completed = last.to(tl.int32)
+        if last:
             acc = tl.zeros((BN, BM), tl.float32)
             squares = tl.zeros((BM,), tl.float32)
             for s in tl.static_range(SPLIT):
@@ -233,7 +247,11 @@ def compute(
                 if HAS_NORM:
                     squares += tl.load(tile + s * TILE + BN * BM + j, mask=used, other=0.0, cache_modifier=".cg")
             tl.atomic_xchg(counters + place, 0)  # for the next launch
-            epilogue(acc, squares, rows, bias, residual, out, eps, wanted, tokens, block, HAS_NORM, SILU, N, K, BN, BM)
+            epilogue(
+                acc, squares, rows, bias, residual, out, eps, wanted, tokens, block, before, shares,
+                HAS_NORM, SILU, N, K, BN, BM,
+            )  # fmt: skip
+    return completed
 
 
 @triton.jit(do_not_specialize=["T", "eps"])
@@ -245,7 +263,7 @@ def linear_kernel(
 ):  # fmt: skip
     wanted = tl.program_id(0) * BM + tl.arange(0, BM) < T
     compute(
-        x, norm, w, pairs, bias, residual, out, workspace, counters, T, eps, wanted, 0,
+        x, norm, w, pairs, bias, residual, out, workspace, counters, T, eps, wanted, 0, None, None,
         SILU, N, K, BITS, GROUP, BN, BM, BK, STAGES, UNROLL, SPLIT,
     )  # fmt: skip
 
@@ -271,12 +289,8 @@ class Config:
         return min(2, max(1, self.packed_k // group))  # more of them take ptxas half a minute
 
 
-# One entry serves every kind of weights: the two paths of a dual matrix share a launch. Wide matrices have programs
-# enough without a split. Reasoned, not measured.
-_TABLE: dict[tuple[int, int], Config] = {
-    (128256, 4096): Config(block_n=128, warps=4),  # the heads of Llama 3: more rows for each read of x
-    (128256, 2048): Config(block_n=128, warps=4),
-}
+measured: dict[tuple[int, int], Config] = {}  # by [N, K]: what ``triton_tuning`` found for this GPU
+_WIDE = 65536  # rows of a head: more of them share each read of x
 _PROGRAMS = 512  # about four for each multiprocessor of an H100
 _SHORTEST = 256  # columns of a split: below this its partial sums cost more than it hides
 
@@ -284,10 +298,13 @@ _SHORTEST = 256  # columns of a split: below this its partial sums cost more tha
 def config_for(n: int, k: int) -> Config:
     """The blocks for an [N, K] matrix: a function of its shape alone, as batches must give the bits of single tokens.
 
-    Not of the kind of weights either, for a dual matrix gives the bits of each path alone.
+    Not of the kind of weights either: the two forms of a dual matrix share a launch, and have the bits of each alone.
+    Where nothing was measured, reasoned: enough programs to keep the memory busy.
     """
-    if (n, k) in _TABLE:
-        return _TABLE[n, k]
+    if (n, k) in measured:
+        return measured[n, k]
+    if n >= _WIDE:
+        return Config(block_n=128, warps=4)
     split = 1
     while triton.cdiv(n, 64) * split < _PROGRAMS and k // (2 * split) >= _SHORTEST:
         split *= 2
@@ -342,7 +359,7 @@ def packed_weights(q: Tensor, scale: Tensor, offset: Tensor, *, bits: int, group
 
 
 class Workspace:
-    """Room for the partial sums of split matrices. One serves all launches of a stream, one after the other.
+    """Room for the partial sums of split matrices and gates. One serves all launches of a stream, one after the other.
 
     The counters are zero between launches; ``reset`` makes them so after a launch that did not finish.
     """
@@ -471,16 +488,31 @@ def check_arguments(
 
 
 def launch_shape(
-    tokens: int, n: int, config: Config, silu: bool, parts: int, workspace: Workspace | None, device: torch.device
+    tokens: int,
+    n: int,
+    config: Config,
+    silu: bool,
+    parts: int,
+    workspace: Workspace | None,
+    device: torch.device,
+    gated: bool = False,
 ) -> tuple[tuple[int, int, int], Tensor | None, Tensor | None]:
-    """Grid, partial sums and counters of a launch that has ``parts`` kinds of weights. Raises InvalidRequestError."""
+    """Grid, partial sums and counters of a launch that has ``parts`` kinds of weights and, ``gated``, a gate.
+
+    Those of the gate come last. Raises InvalidRequestError.
+    """
     rows, block = (n // 2, config.block_n // 2) if silu else (n, config.block_n)
     # Neighbours in the first dimension read the same weights, at nearly the same time.
     grid = (triton.cdiv(tokens, COLUMNS), triton.cdiv(rows, block), config.split)
-    if config.split == 1:
+    counters = floats = 0
+    if config.split > 1:
+        counters = parts * grid[0] * grid[1]
+        floats = counters * config.split * (config.block_n + 1) * COLUMNS
+    if gated:
+        counters += grid[0]
+        floats += grid[0] * grid[1] * SUMS * COLUMNS
+    if not counters:
         return grid, None, None
-    counters = parts * grid[0] * grid[1]
-    floats = counters * config.split * (config.block_n + 1) * COLUMNS
     workspace = workspace or Workspace(device, floats, counters)
     fits = workspace.sums.numel() >= floats and workspace.counters.numel() >= counters
     _require(fits, "workspace", f"is too small: {floats} floats and {counters} counters are needed")

@@ -29,8 +29,6 @@ def generate_batch(
     """Continue each prompt to its end; see ``Engine.generate_batch``. Prompts are read one after the other."""
     if mode == "lossless":
         river = None  # side by side the backbone's matrices are read once for all: there is little left to gain
-    elif river is not None and river.repair:
-        raise InvalidRequestError("is not done in batches", field="repair", remedy="leave it out")
     began = time.perf_counter()
     members: list[_Member] = []
     try:
@@ -49,6 +47,13 @@ def generate_batch(
             member.generation.resume()  # the prompts after its own are not its time
         active = members
         while active := [member for member in active if not member.done]:
+            if river is not None and river.repair:
+                for member in active:
+                    if len(member.sequence.tokens) - member.sequence.exact >= river.repair:
+                        engine._repair(member.sequence, member.generation)
+            if engine.decoder is not None and together is None and _alike(active):
+                _step_on_device(engine, active)
+                continue
             before = undefined_steps(together)
             logits = engine.extend_batch(
                 [member.sequence for member in active],
@@ -74,6 +79,26 @@ def generate_batch(
             outputs=outputs,
         )
     return outputs
+
+
+def _alike(members: Sequence[_Member]) -> bool:
+    """Whether the device can choose for all of them, with the same rotary frequencies, that none has to change."""
+    if not all(m.generation.params.alike_every_step and not m.sequence.crosses_regime(1) for m in members):
+        return False
+    rope = members[0].sequence.model.rope
+    return len({rope.regime(len(member.sequence.tokens) + 1) for member in members}) == 1
+
+
+def _step_on_device(engine: Engine, members: list[_Member]) -> None:
+    with engine.stepping():
+        assert engine.decoder is not None
+        pairs = [(member.sequence, member.generation) for member in members]
+        told = engine.decoder.step_together(tuple(members), pairs, members[0].gate)
+    for member, (sampled, depth, undefined) in zip(members, told, strict=True):
+        if member.trace is not None:
+            member.trace.depth = depth
+        member.undefined += undefined
+        member.generation.step(sampled, member.trace)
 
 
 class _Member:

@@ -28,7 +28,8 @@ def calibrate(model: Model, tokenizer: Tokenizer) -> BackboneCalibration:
         raise InvalidRequestError(
             "an awq river is made with the whole backbone",
             field="backbone_layers",
-            remedy="make it first, with riverinfer river build --method awq, or load without backbone_layers",
+            remedy="make it first, with riverinfer river build --method awq --bits B --group G, or load without"
+            " backbone_layers",
         )
     share = MAX_TOKENS // len(TEXTS)
     return BackboneCalibration(model, [tokenizer.encode(text)[:share] for text in TEXTS])

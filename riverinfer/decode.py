@@ -165,5 +165,8 @@ def _walk(
     trace: Trace | None = None,
 ) -> Tensor:
     """``walk``, in its faster form where there is one."""
+    device_walk = model.device_walk
+    if device_walk is not None and device_walk.can_take(len(ids), seq_len or start + len(ids), kv, gate, trace):
+        return device_walk(ids, start, kv, seq_len=seq_len, gate=gate, trace=trace)
     chosen = fast_walk if can_walk_fast(model, len(ids), kv, gate, trace) else walk
     return chosen(model, ids, start, kv, seq_len=seq_len, gate=gate, trace=trace)

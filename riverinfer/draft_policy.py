@@ -12,9 +12,10 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 MAX_DRAFT = 15  # with the token before it a batch of 16, the most that a CPU verifies at nearly the cost of one
-_BINS = 10  # of the draft's own confidence
+BINS = 10  # of the draft's own confidence
 _PRIOR = 4.0  # observations that the prior belief counts for
 _MEMORY = 64.0  # observations after which older ones fade
 _SAMPLES = 9  # durations of which the median is the cost
@@ -70,7 +71,7 @@ class Beliefs:
 
     def __init__(self) -> None:
         self._any = _Chance(yes=3.6, seen=4.0)
-        self._by_confidence = [_Chance() for _ in range(_BINS)]
+        self._by_confidence = [_Chance() for _ in range(BINS)]
         self.pause, self.next_pause = 0, _FIRST_PAUSE  # tokens without river drafts
         self.finding_out = True  # the next draft is made whatever it is thought to cost
         self._by_match = [_Chance(yes=4 * share, seen=4.0) for share in (0.3, 0.5, 0.7)]
@@ -97,7 +98,7 @@ class Beliefs:
 
 
 def _bin(confidence: float) -> int:
-    return min(_BINS - 1, max(0, int(confidence * _BINS)))
+    return min(BINS - 1, max(0, int(confidence * BINS)))
 
 
 def _match_bin(match: int) -> int:
@@ -148,6 +149,18 @@ class Costs:
         return mean_s - slope * mean_n, slope
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Draft at most ``length`` tokens, and go on only while the product of their ``chances`` exceeds ``bound``.
+
+    chances: that a draft is accepted, by tenths of its confidence.
+    """
+
+    length: int
+    chances: list[float]
+    bound: float
+
+
 class DraftPolicy:
     """Plans the rounds of one request. ``costs`` and ``beliefs`` belong to the engine and outlive it.
 
@@ -186,6 +199,21 @@ class DraftPolicy:
             kept *= self.beliefs.drafted(confidence)
         more = costs.verifying(drafted + 1) - costs.verifying(drafted)
         return kept * self.beliefs.next_one > self._rate() * (step + max(0.0, more))
+
+    def plan(self, room: int) -> Plan:
+        """What ``go_on`` would say of drafts to come, for those who cannot ask after each."""
+        most = min(room, MAX_DRAFT)
+        step = self.costs.draft.value
+        if most <= 0 or not self.go_on(()):
+            return Plan(0, [], 1.0)
+        if step is None:
+            return Plan(1, [1.0] * BINS, 1.0)
+        more = max(0.0, self.costs.verifying(2) - self.costs.verifying(1))
+        bound = self._rate() * (step + more) / self.beliefs.next_one
+        likely, kept = 1, self.beliefs.next_one
+        while likely < most and kept > bound:
+            likely, kept = likely + 1, kept * self.beliefs.next_one
+        return Plan(likely, [self.beliefs.drafted((i + 0.5) / BINS) for i in range(BINS)], bound)
 
     def lookup_length(self, match: int, found: int) -> int:
         """How many of ``found`` tokens, that follow an earlier occurrence of the last ``match``, to verify."""

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,10 @@ from riverinfer.batch import check_batch, generate_batch
 from riverinfer.checkpoint import Checkpoint
 from riverinfer.draft_policy import Beliefs, Costs
 from riverinfer.errors import ContextLengthError, EngineMemoryError, InvalidRequestError, RiverinferWarning
-from riverinfer.gates import Gate, undefined_steps
+from riverinfer.gates import FixedDepth, Gate, undefined_steps
 from riverinfer.generation import Generation, warn_of_undefined
 from riverinfer.generation_config import GenerationConfig, load_generation_config
+from riverinfer.kernels.linear import triton_runs
 from riverinfer.kv_arena import KVArena
 from riverinfer.loader import load_model, resolve_device, resolve_dtype
 from riverinfer.lossless import LosslessRounds
@@ -39,6 +41,8 @@ from riverinfer.trace import Trace
 from riverinfer.weights_convert.river_artifact import RiverSettings, linear_shapes
 
 if TYPE_CHECKING:
+    from riverinfer.device_decode import DeviceDecoder
+    from riverinfer.device_rounds import RoundLaunches
     from riverinfer.session import ChatSession
 
 MODES = ("lossless", "exact", "river")
@@ -75,6 +79,8 @@ class Engine:
         self.slots = SlotPool(arena)
         self._arena: KVArena | None = arena
         self._step_lock = threading.Lock()
+        self.decoder: DeviceDecoder | None = None  # on a GPU
+        self.rounds: RoundLaunches | None = None
 
     @classmethod
     def load(
@@ -102,6 +108,7 @@ class Engine:
         river_method: str = "hqq",
         river_head: str = "quantized",
         draft: str = "auto",
+        graph: bool = True,
     ) -> Engine:
         """Load a model folder.
 
@@ -122,6 +129,7 @@ class Engine:
             64 of them recomputed exactly, where a packed kernel reads it; "exact" the checkpoint's head.
         draft: in lossless mode, "lookup" only repeats what stands in the text, which needs no river; "auto" drafts in
             a river too where one is cheaper than the backbone, "river" everywhere. Without the memory, exact mode.
+        graph: on a GPU, in bfloat16, decode with fused kernels, a CUDA graph a step; False walks layer by layer.
         threads: CPU threads for torch, process-wide.
         check: refuse weights that are NaN or infinite. progress: called while weights are read.
 
@@ -185,6 +193,11 @@ class Engine:
         arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
         model = load_model(checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress)
         model.rope.reserve(positions)
+        fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
+        if fused:
+            from riverinfer.device_setup import decode_on_device, tune_kernels
+
+            tune_kernels(config, place, progress)
         chosen = None
         if candidates:
             needed = mode == "river" or request.named
@@ -194,6 +207,8 @@ class Engine:
         model.script()
         engine = cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
         engine.river_settings = chosen
+        if fused:
+            decode_on_device(engine, arena, progress)
         return engine
 
     def __enter__(self) -> Engine:
@@ -205,7 +220,7 @@ class Engine:
     def close(self) -> None:
         """Give the memory back. Waits for a running step; later calls raise EngineClosedError."""
         with self._step_lock:
-            self._arena = None
+            self._arena = self.decoder = self.rounds = self.model.device_walk = None
             self.slots.close()
             self.model.layers.clear()
             self.model.river.clear()
@@ -394,6 +409,13 @@ class Engine:
             )
         return ids
 
+    @contextmanager
+    def stepping(self) -> Iterator[Engine]:
+        """The engine's lock, for whoever queues steps himself. Raises EngineClosedError."""
+        with self._step_lock:
+            self._require_open()
+            yield self
+
     def extend(
         self,
         sequence: TokenSequence,
@@ -446,12 +468,21 @@ class Engine:
         try:
             if mode == "lossless":
                 logits = self.read_prompt(sequence, generation, None)
-                yield from LosslessRounds(self, sequence, generation, gate=gate, similarities=similarities).run(logits)
+                yield from self._rounds(sequence, generation, gate, similarities).run(logits)
             else:
                 yield from self._one_by_one(sequence, generation, river, gate, similarities)
         finally:
             output.stats.undefined_similarities += undefined_steps(gate)
             warn_of_undefined(output.stats.undefined_similarities)
+
+    def _rounds(
+        self, sequence: TokenSequence, generation: Generation, gate: Gate | None, similarities: bool
+    ) -> LosslessRounds:
+        kind: type[LosslessRounds] = LosslessRounds
+        straight = gate is None or (isinstance(gate, FixedDepth) and gate.depth == 0)
+        if self.rounds is not None and straight and generation.params.alike_every_step and not similarities:
+            from riverinfer.device_rounds import DeviceRounds as kind
+        return kind(self, sequence, generation, gate=gate, similarities=similarities)
 
     def _one_by_one(
         self,
@@ -464,6 +495,11 @@ class Engine:
         """Exact and river mode: every step a token."""
         trace = None if river is None else Trace(similarities=[] if similarities else None)
         logits = self.read_prompt(sequence, generation, river, trace)
+        alone = not similarities and not (river and river.repair) and generation.params.alike_every_step
+        if self.decoder is not None and alone and self.decoder.knows(gate):
+            yield generation.step(generation.choose(logits[0]), trace)
+            yield from self.decoder.single_steps(self, sequence, generation, gate, trace)
+            return
         while True:
             yield generation.step(generation.choose(logits[0]), trace)
             if generation.finished:
@@ -525,7 +561,10 @@ class Engine:
         with self._step_lock:
             if self._arena is None:
                 raise closed_error()
-            return memory_report(self.model, self._arena)
+            workspace = 0
+            if self.decoder is not None and self.rounds is not None:
+                workspace = self.decoder.nbytes + self.rounds.nbytes
+            return memory_report(self.model, self._arena, workspace)
 
     def _require_open(self) -> None:
         if self._arena is None:

@@ -51,7 +51,7 @@ class Generation:
         self.sampler = Sampler(params, tokenizer.vocab_size)
         self._detokenizer = StreamingDetokenizer(tokenizer, prompt_ids=ids)
         self._stops = StopStrings(params.stop)
-        self._stop_ids, self._ctx_size = stop_ids, ctx_size
+        self.stop_ids, self._ctx_size = stop_ids, ctx_size
         self._began = self._resumed = began
         output.prompt_token_ids, output.seed = ids, params.seed
         output.stats.prompt_tokens = len(ids)
@@ -74,7 +74,7 @@ class Generation:
 
     def ends(self, token: int) -> bool:
         """Whether this token would end the text."""
-        return token in self._stop_ids
+        return token in self.stop_ids
 
     def choose(self, logits: Tensor) -> Sampled:
         """The next token after ``context`` from logits float32 [vocab]."""
@@ -97,7 +97,7 @@ class Generation:
         self.context.append(token)
 
         text, reason = "", None
-        if token in self._stop_ids:
+        if token in self.stop_ids:
             reason = "stop"
         else:
             text = self._stops.push(self._detokenizer.push(token))

@@ -16,7 +16,8 @@ from riverinfer.memory import gib
 class KVArena:
     """K and V of ``slots`` sequences of up to ``ctx_size`` positions.
 
-    ``k`` and ``v`` are [layers, slots, kv heads, ctx_size, head_dim], views of one block. Positions at or beyond a
+    ``k`` and ``v`` are [layers, slots, kv heads, ctx_size, head_dim], views of ``block``, which has both of them as
+    [layers, slots, 2, kv heads, ctx_size, head_dim]. Positions at or beyond a
     sequence's length hold garbage and are never read. Raises EngineMemoryError when the memory is not there.
     """
 
@@ -33,8 +34,9 @@ class KVArena:
                 f"the KV cache of {slots} x {ctx_size} positions needs {gib(self.nbytes)}, which {device} refuses",
                 remedy="lower --ctx-size (ctx_size) or max_sequences",
             ) from exc
+        self.block = block
         self.k, self.v = block[:, :, 0], block[:, :, 1]
-        self._views = [SlotCache(block[:, slot]) for slot in range(slots)]
+        self._views = [SlotCache(self, slot) for slot in range(slots)]
 
     def slot(self, index: int) -> SlotCache:
         """The views into the arena that belong to one slot."""
@@ -44,7 +46,7 @@ class KVArena:
 class SlotCache(list[tuple[Tensor, Tensor]]):
     """Per layer (k, v) of one slot, each [Hkv, S, D]; ``joint`` has both of a layer together, [2, Hkv, S, D]."""
 
-    def __init__(self, block: Tensor) -> None:
-        """``block`` [L, 2, Hkv, S, D]."""
-        self.joint = list(block)
+    def __init__(self, arena: KVArena, index: int) -> None:
+        self.arena_block, self.slot = arena.block, index
+        self.joint = list(arena.block[:, index])
         super().__init__((layer[0], layer[1]) for layer in self.joint)

@@ -10,9 +10,10 @@ from torch import Tensor
 from riverinfer.checkpoint import Checkpoint, TensorReader
 from riverinfer.config import DTYPES
 from riverinfer.errors import InvalidRequestError, WeightsError
-from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear, make_linear, packing_works
+from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear, make_linear, packing_works, triton_runs
 from riverinfer.model import DecoderLayer, Model
 from riverinfer.progress import Progress
+from riverinfer.upload import Upload
 
 
 def resolve_device(device: str) -> torch.device:
@@ -70,8 +71,9 @@ def load_model(
     total = config.num_layers + 1
     report("Loading weights", 0, total, "layers")
     # The head comes first: it is the largest matrix, and nothing else is resident yet while it is blocked.
+    upload = Upload(device) if device.type == "cuda" else None
     with checkpoint.reader() as reader:
-        place = _Placer(reader, device, dtype, check)
+        place = _Placer(reader, device, dtype, check, upload)
         final_norm = place.norm("model.norm.weight")
         head = place.linear(checkpoint.head_name.removesuffix(".weight"))
     layers = []
@@ -79,9 +81,13 @@ def load_model(
         report("Loading weights", index + 1, total, "layers")
         with checkpoint.reader() as reader:
             absent = backbone_layers is not None and index >= backbone_layers
-            layers.append(_load_layer(_Placer(reader, device, dtype, check, absent=absent), checkpoint, index))
-    with checkpoint.reader() as reader:
-        embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check)
+            layers.append(_load_layer(_Placer(reader, device, dtype, check, upload, absent=absent), checkpoint, index))
+    if device.type != "cpu" and checkpoint.head_name == "model.embed_tokens.weight":
+        assert isinstance(head, PlainLinear)
+        embed = Embedding(head.weight, shared=True)
+    else:
+        with checkpoint.reader() as reader:
+            embed = _embedding(reader("model.embed_tokens.weight"), device, dtype, check, upload)
     report("Loading weights", total, total, "layers")
     return Model(config, embed=embed, layers=layers, final_norm=final_norm, head=head, dtype=dtype, device=device)
 
@@ -111,11 +117,18 @@ class _Placer:
     """Copies tensors from the mapped files to their device and dtype, several stacked row-wise into one."""
 
     def __init__(
-        self, reader: TensorReader, device: torch.device, dtype: torch.dtype, check: bool, *, absent: bool = False
+        self,
+        reader: TensorReader,
+        device: torch.device,
+        dtype: torch.dtype,
+        check: bool,
+        upload: Upload | None = None,
+        *,
+        absent: bool = False,
     ) -> None:
-        """``absent``: leave matrices out."""
+        """``upload``: the way to a GPU. ``absent``: leave matrices out."""
         self._reader, self._device, self._dtype, self._check = reader, device, dtype, check
-        self._absent = absent
+        self._upload, self._absent = upload, absent
 
     def __call__(self, *names: str) -> Tensor:
         sources = [self._reader(name) for name in names]
@@ -125,7 +138,11 @@ class _Placer:
         for name, source in zip(names, sources, strict=True):
             if self._check:
                 _require_finite(source, name)
-            out[row : row + source.shape[0]].copy_(source)
+            part = out[row : row + source.shape[0]]
+            if self._upload is None:
+                part.copy_(source)
+            else:
+                self._upload(source, part)
             row += source.shape[0]
         return out
 
@@ -141,7 +158,8 @@ class _Placer:
         if self._absent:
             return AbsentLinear(bias)
         weights = [f"{name}.weight" for name in names]
-        if len(names) == 1 and self._device.type == "cpu" and packing_works(self._dtype):
+        blocked = self._device.type == "cpu" and packing_works(self._dtype) and not triton_runs("cpu")
+        if len(names) == 1 and blocked:
             # Blocking copies anyway: no need for a second copy when the mapped one has the right dtype.
             source = self._reader(weights[0])
             if source.dtype == self._dtype:
@@ -177,23 +195,32 @@ def _load_layer(place: _Placer, checkpoint: Checkpoint, index: int) -> DecoderLa
 
 
 class Embedding:
-    """Lookup of rows, int64 [n] to float32 [n, H]. ``mapped``: the table stays in its file."""
+    """Lookup of rows, int64 [n] to float32 [n, H].
 
-    def __init__(self, table: Tensor, *, mapped: bool) -> None:
-        self._table = table
-        self.mapped, self.nbytes = mapped, table.nbytes
+    ``mapped``: the table stays in its file. ``shared``: it is the head's, and counted there.
+    """
+
+    def __init__(self, table: Tensor, *, mapped: bool = False, shared: bool = False) -> None:
+        self.table = table
+        self.mapped, self.nbytes = mapped, 0 if shared else table.nbytes
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return self._table[ids].float()
+        return self.table[ids].float()
 
 
-def _embedding(table: Tensor, device: torch.device, dtype: torch.dtype, check: bool) -> Embedding:
+def _embedding(
+    table: Tensor, device: torch.device, dtype: torch.dtype, check: bool, upload: Upload | None = None
+) -> Embedding:
     """On a CPU the table is the mapped file, in the dtype it is stored in."""
     if check:
         _require_finite(table, "model.embed_tokens.weight")
     if device.type == "cpu":
         return Embedding(table, mapped=True)
-    return Embedding(table.to(device=device, dtype=dtype), mapped=False)
+    if upload is None:
+        return Embedding(table.to(device=device, dtype=dtype))
+    held = torch.empty(table.shape, dtype=dtype, device=device)
+    upload(table, held)
+    return Embedding(held)
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,11 +24,24 @@ from riverinfer.gates import Gate
 from riverinfer.generation import Generation
 from riverinfer.outputs import Drafted, DraftStats, Step
 from riverinfer.prompt_lookup import PromptLookup
+from riverinfer.sampling import Sampled
 from riverinfer.sequence import TokenSequence
 from riverinfer.trace import Trace
 
 if TYPE_CHECKING:
     from riverinfer.engine import Engine
+
+
+@dataclass
+class Round:
+    """What was drafted, by whom, after a lookup's match of which length; the backbone's choice at each position."""
+
+    source: str | None
+    drafts: list[Drafted]
+    match: int
+    choices: Iterator[Sampled]
+    draft_s: float
+    verify_s: float
 
 
 class LosslessRounds:
@@ -60,26 +74,20 @@ class LosslessRounds:
             yield from self._round()
 
     def _round(self) -> Iterator[Step]:
-        generation, sequence, costs = self._generation, self._sequence, self._engine.costs
-        began = time.perf_counter()
-        source, drafts, match = self._draft(self._room())
-        between = time.perf_counter()
-        ids = [generation.context[-1], *(draft.token for draft in drafts)]
-        logits = self._engine.extend(sequence, ids, all_logits=True)  # [g + 1, vocab]
-        seconds = time.perf_counter() - between
-        costs.note_verify(len(drafts), seconds)
+        generation, sequence = self._generation, self._sequence
+        done = self._draft_and_verify(self._room())
+        source, drafts = done.source, done.drafts
         accepted = emitted = 0
         more = True
         try:
-            for row in logits:
-                sampled = generation.choose(row)
+            for sampled in done.choices:
                 draft = drafts[emitted] if emitted < len(drafts) else None
                 agreed = draft is not None and draft.token == sampled.token_id
                 step = generation.step(sampled, source=source if agreed else "backbone")
                 accepted, emitted = accepted + agreed, emitted + 1
                 more = agreed and not generation.finished and not generation.full
                 if not more:
-                    self._note(source, drafts, accepted, emitted, between - began, seconds, match)
+                    self._note(done, accepted, emitted)
                 yield step
                 if not more:
                     return
@@ -88,7 +96,20 @@ class LosslessRounds:
             # Positions of drafts that were not accepted, or not said; the last token is computed in the next round.
             sequence.truncate(len(generation.context) - 1)
             if more:  # left half way: what was not said was not judged
-                self.stats.note(source, drafts[:accepted], accepted, len(drafts), between - began, seconds)
+                self.stats.note(source, drafts[:accepted], accepted, len(drafts), done.draft_s, done.verify_s)
+
+    def _draft_and_verify(self, room: int) -> Round:
+        """Draft up to ``room`` tokens, and let the backbone pass them: its K and V are then those of the cache."""
+        generation = self._generation
+        began = time.perf_counter()
+        source, drafts, match = self._draft(room)
+        between = time.perf_counter()
+        ids = [generation.context[-1], *(draft.token for draft in drafts)]
+        logits = self._engine.extend(self._sequence, ids, all_logits=True)  # [g + 1, vocab]
+        seconds = time.perf_counter() - between
+        self._engine.costs.note_verify(len(drafts), seconds)
+        choices = (generation.choose(row) for row in logits)  # one by one: each may depend on the one before
+        return Round(source, drafts, match, choices, between - began, seconds)
 
     def _room(self) -> int:
         """Tokens that can be drafted so that context and max_tokens hold one more than all of them."""
@@ -99,17 +120,24 @@ class LosslessRounds:
 
     def _draft(self, room: int) -> tuple[str | None, list[Drafted], int]:
         """(source, drafts, length of the lookup's match)."""
+        found, match = self._look_up(room)
+        if found:
+            return "lookup", found, match
+        if room and not self._policy.paused:
+            drafts = self._river_drafts(room)
+            if drafts:
+                return "river", drafts, 0
+        return None, [], 0
+
+    def _look_up(self, room: int) -> tuple[list[Drafted], int]:
+        """What followed an earlier occurrence of the text's end, if verifying it promises more than the river does."""
         policy = self._policy
         if room and self._lookup is not None:
             found, match = self._lookup.find(self._generation.context, room)
             length = policy.lookup_length(match, len(found)) if found else 0
             if length and policy.lookup_beats_river(match, length):
-                return "lookup", [Drafted(token, 1.0) for token in found[:length]], match
-        if room and not policy.paused:
-            drafts = self._river_drafts(room)
-            if drafts:
-                return "river", drafts, 0
-        return None, [], 0
+                return [Drafted(token, 1.0) for token in found[:length]], match
+        return [], 0
 
     def _river_drafts(self, room: int) -> list[Drafted]:
         generation, gate, costs = self._generation, self._gate, self._engine.costs
@@ -126,19 +154,12 @@ class LosslessRounds:
                 break
         return drafts
 
-    def _note(
-        self,
-        source: str | None,
-        drafts: list[Drafted],
-        accepted: int,
-        emitted: int,
-        draft_s: float,
-        verify_s: float,
-        match: int,
-    ) -> None:
+    def _note(self, done: Round, accepted: int, emitted: int) -> None:
         cut = self._generation.finished or self._generation.full
-        confidences = [draft.confidence for draft in drafts]
+        confidences = [draft.confidence for draft in done.drafts]
         if cut and accepted == emitted:
             confidences = confidences[:accepted]  # the text ended: what would have come next was not judged
-        self._policy.note(source, confidences, accepted, emitted, draft_s + verify_s, match)
-        self.stats.note(source, drafts[: len(confidences)], accepted, len(drafts), draft_s, verify_s)
+        seconds = done.draft_s + done.verify_s
+        self._policy.note(done.source, confidences, accepted, emitted, seconds, done.match)
+        judged = done.drafts[: len(confidences)]
+        self.stats.note(done.source, judged, accepted, len(done.drafts), done.draft_s, done.verify_s)

@@ -22,7 +22,8 @@ class MemoryReport:
     """Bytes.
 
     backbone, river: the matrices of their layers. head: the exact one and the river's. other: norms, biases and rotary
-    tables. kv: the cache of all sequences, allocated whole; on a CPU it becomes resident as it fills.
+    tables. workspace: what fused steps on a GPU compute in. kv: the cache of all sequences, allocated whole; on a CPU
+    it becomes resident as it fills.
     embedding: the table. Where ``embedding_mapped`` it stays in its file, whose pages the system keeps and drops as it
     likes, and ``total`` leaves it out.
     measured, peak: what is taken now, and the most so far: on a CPU by the process, its libraries and mapped pages
@@ -34,6 +35,7 @@ class MemoryReport:
     river: int
     head: int
     other: int
+    workspace: int
     embedding: int
     embedding_mapped: bool
     kv: int
@@ -43,7 +45,7 @@ class MemoryReport:
     @property
     def total(self) -> int:
         """The sum of all parts that are held."""
-        held = self.backbone + self.river + self.head + self.other + self.kv
+        held = self.backbone + self.river + self.head + self.other + self.workspace + self.kv
         return held if self.embedding_mapped else held + self.embedding
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,7 +58,9 @@ class MemoryReport:
         parts += [f"river {gib(self.river)}"] if self.river else []
         parts += [f"head {gib(self.head)}"]
         parts += [] if self.embedding_mapped else [f"embedding {gib(self.embedding)}"]
-        parts += [f"norms, biases and rotary tables {gib(self.other)}", f"KV {gib(self.kv)}"]
+        parts += [f"norms, biases and rotary tables {gib(self.other)}"]
+        parts += [f"workspace {gib(self.workspace)}"] if self.workspace else []
+        parts += [f"KV {gib(self.kv)}"]
         line = f"memory {gib(self.total)}: {' + '.join(parts)}"
         if self.embedding_mapped:
             line += f" · embedding {gib(self.embedding)} in its mapped file"
@@ -66,8 +70,8 @@ class MemoryReport:
         return line
 
 
-def memory_report(model: Model, arena: KVArena) -> MemoryReport:
-    """The report of a model and its cache."""
+def memory_report(model: Model, arena: KVArena, workspace: int = 0) -> MemoryReport:
+    """The report of a model and its cache. ``workspace``: bytes."""
     embed = model.embed
     table, mapped = (embed.nbytes, embed.mapped) if isinstance(embed, Embedding) else (0, False)
     measured, peak = measure(model.device)
@@ -77,6 +81,7 @@ def memory_report(model: Model, arena: KVArena) -> MemoryReport:
         river=_matrices(model.river),
         head=model.head.weight_bytes + getattr(model.river_head, "weight_bytes", 0),
         other=_others(model) + model.rope.nbytes,
+        workspace=workspace,
         embedding=table,
         embedding_mapped=mapped,
         kv=arena.nbytes,

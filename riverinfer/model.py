@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from riverinfer.kernels.scripted import ScriptedLayers, script_layers
 from riverinfer.kernels.torch_ops import attention, causal_mask, rotate, silu_mul
 from riverinfer.kernels.torch_ops import rms_norm as rms_norm_heads
 from riverinfer.rope import Rope, query_scale
+
+if TYPE_CHECKING:
+    from riverinfer.device_walk import DeviceWalk
 
 
 @dataclass(slots=True)
@@ -115,6 +119,7 @@ class Model:
         self.river: list[DecoderLayer] = []  # the same layers with quantized matrices, once loaded
         self.backbone_script: ScriptedLayers | None = None  # the same layers, few tokens a call, on a CPU
         self.river_script: ScriptedLayers | None = None
+        self.device_walk: DeviceWalk | None = None  # the same layers, few tokens a step, by a GPU's kernels
         self.river_head: Callable[[Tensor], Tensor] | None = None  # as ``RiverHead``, where there is one
         self.final_norm = final_norm
         self.head = head
@@ -166,10 +171,15 @@ class Model:
 
         ``river``: through the river's head, if it has one.
         """
-        x = rms_norm(h, self.final_norm, self.config.rms_norm_eps, self.dtype)
-        if river and self.river_head is not None:
-            return self.river_head(x)
-        return self.head(x).float()
+        if not river or self.river_head is None:
+            if self.device_walk is not None and len(h) <= self.device_walk.max_rows:
+                return self.device_walk.logits(h)
+            return self.head(self.normed(h)).float()
+        return self.river_head(self.normed(h))
+
+    def normed(self, h: Tensor) -> Tensor:
+        """What the head reads: float32 [T, H] to the weights' dtype."""
+        return rms_norm(h, self.final_norm, self.config.rms_norm_eps, self.dtype)
 
     @property
     def weight_bytes(self) -> int:

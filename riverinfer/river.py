@@ -43,7 +43,7 @@ class RiverOptions:
     repair: every so many tokens one batched backbone pass rewrites their K and V exactly; the text stays as it was
         said. 0 never does.
 
-    Raises InvalidRequestError for values out of range.
+    Raises InvalidRequestError for values out of range, and for a ``prefill_depth`` that ``prefill`` does not use.
     """
 
     tau: float | Sequence[float] = 0.5
@@ -64,6 +64,12 @@ class RiverOptions:
             raise InvalidRequestError("needs exact prompts", field="repair", remedy='leave prefill at "exact"')
         if self.prefill_depth is not None:
             check_integer("prefill_depth", self.prefill_depth, 0)
+            if self.prefill != "fixed":
+                raise InvalidRequestError(
+                    f'has no effect with prefill "{self.prefill}"',
+                    field="prefill_depth",
+                    remedy='give prefill="fixed" (--prefill fixed) too, or leave it out',
+                )
         SimilarityGate(self.tau, self.min_depth, self.max_depth)
 
     def limited(self, layers: int, held: int) -> RiverOptions:

@@ -7,13 +7,16 @@ reach with a river: with acceptance a, draft length g, costs c of a draft step a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,30 @@ from riverinfer.calibration_prompts import TEXTS
 from riverinfer.checkpoint import Checkpoint
 from riverinfer.decode import decode_one, prefill
 from riverinfer.draft_policy import MAX_DRAFT
+from riverinfer.errors import ConversionError, RiverinferError, RiverinferWarning, WeightsError
 from riverinfer.gates import always
 from riverinfer.kv_arena import KVArena
 from riverinfer.model import Model
 from riverinfer.progress import Progress
 from riverinfer.tokenizer import Tokenizer
-from riverinfer.weights_convert.river_artifact import RiverSettings, open_river, river_path
+from riverinfer.weights_convert.river_artifact import RiverSettings, list_rivers, open_river, river_path
 
 _SAMPLES, _TOKENS, _DRAFT = 3, 24, 8
-_VERSION = 1
+_ENTRIES = 8  # kept for a model: other numbers of threads, devices, candidates
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured on this machine, and which settings won.
+
+    settings: as ``str(RiverSettings)``. figures, by settings: ``speedup`` over exact mode, ``acceptance`` of drafts (0
+    to 1), ``draft_cost`` and ``verify_cost`` in exact steps, ``exact_ms`` of such a step. conditions: when it holds.
+    """
+
+    settings: str
+    figures: dict[str, dict[str, float]]
+    conditions: dict[str, Any]
 
 
 def choose_settings(
@@ -43,53 +61,74 @@ def choose_settings(
     *,
     progress: Progress | None = None,
 ) -> RiverSettings:
-    """The fastest of ``candidates``, attached. Measured unless a choice made on this machine still holds."""
+    """The fastest of ``candidates``, attached. Measured unless a choice made on this machine still holds.
+
+    One that cannot be made is passed over with a warning. If none can, raises what ``attach`` raised for the first of
+    them: ConversionError or WeightsError.
+    """
     path = choice_path(checkpoint, candidates[0])
-    stored = _read(path)
+    conditions = _conditions(model, candidates)
+    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
+    stored = _read(path).get(digest, {})
     known = {str(settings): settings for settings in candidates}
-    choice = stored.get("choice")
-    chosen = known.get(choice) if isinstance(choice, str) else None
-    if chosen is not None:
-        attach(chosen)  # before the key is made: a river that was lost, or is of other weights, is made again
-        if stored.get("key") == _key(model, checkpoint, chosen, candidates):
-            return chosen
+    chosen = known.get(stored.get("choice", ""))
+    if chosen is not None and stored.get("conditions") == conditions:
+        with suppress(ConversionError, WeightsError):
+            attach(chosen)  # before the weights are compared: a lost river, or one of other weights, is made again
+            if stored.get("weights") == open_river(checkpoint, chosen).source_hash:
+                return chosen
     figures: dict[str, dict[str, float]] = {}
+    failed: dict[RiverSettings, RiverinferError] = {}
     measure = _Measure(model, tokenizer)
     for number, settings in enumerate(candidates):
-        attach(settings)
+        try:
+            attach(settings)
+        except (ConversionError, WeightsError) as exc:
+            failed[settings] = exc
+            continue
         if progress is not None:
             progress("Choosing the river", number, len(candidates), "rivers")
         figures[str(settings)] = measure()
+    if not figures:
+        raise failed[candidates[0]]
     if progress is not None:
         progress("Choosing the river", len(candidates), len(candidates), "rivers")
-    chosen = max(candidates, key=lambda settings: figures[str(settings)]["speedup"])
+    made = [settings for settings in candidates if settings not in failed]
+    chosen = max(made, key=lambda settings: figures[str(settings)]["speedup"])
     if chosen is not candidates[-1]:
         attach(chosen)
-    key = _key(model, checkpoint, chosen, candidates)
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        aside.write_text(json.dumps({"key": key, "choice": str(chosen), "figures": figures}, indent=1) + "\n")
-        aside.replace(path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)  # measured again at the next start
+    for settings, problem in failed.items():
+        message = f"{checkpoint.model_dir}: the choice of the river was made without {settings} ({problem})"
+        warnings.warn(message, RiverinferWarning, stacklevel=4)
+    weights = open_river(checkpoint, chosen).source_hash
+    entry = {"conditions": conditions, "weights": weights, "choice": str(chosen), "figures": figures}
+    _write(path, digest, entry)
     return chosen
 
 
 def choice_path(checkpoint: Checkpoint, settings: RiverSettings) -> Path:
-    """Where the choice for a model is kept: beside its rivers."""
+    """Where the choices for a model are kept: beside its rivers."""
     path = river_path(checkpoint, settings)
     return path.with_name(path.name.removesuffix(f"{settings}.safetensors") + "choice.json")
 
 
-def read_choice(checkpoint: Checkpoint) -> tuple[str | None, dict[str, dict[str, float]]]:
-    """(settings, figures by settings: speedup, acceptance, draft_cost, verify_cost, exact_ms) of a stored choice."""
-    stored = _read(choice_path(checkpoint, RiverSettings()))
-    choice, figures = stored.get("choice"), stored.get("figures")
-    if not isinstance(choice, str) or not isinstance(figures, dict):
-        return None, {}
-    wanted = {"speedup", "acceptance", "draft_cost"}
-    return choice, {name: each for name, each in figures.items() if isinstance(each, dict) and wanted <= each.keys()}
+def read_choice(checkpoint: Checkpoint) -> Choice | None:
+    """The latest choice that was made for the weights that the model folder now holds."""
+    rivers = {str(info.settings): info.settings for info in list_rivers(checkpoint) if info.settings is not None}
+    for entry in reversed(_read(choice_path(checkpoint, RiverSettings())).values()):
+        settings = rivers.get(entry["choice"])
+        if settings is None:
+            continue
+        with suppress(WeightsError):
+            if open_river(checkpoint, settings).source_hash == entry["weights"]:
+                figures = {name: each for name, each in entry["figures"].items() if _is_measured(each)}
+                return Choice(entry["choice"], figures, entry["conditions"])
+    return None
+
+
+def _is_measured(figures: Any) -> bool:
+    needed = ("speedup", "acceptance", "draft_cost")
+    return isinstance(figures, dict) and all(isinstance(figures.get(name), int | float) for name in needed)
 
 
 class _Measure:
@@ -156,29 +195,46 @@ def _typical(seconds: list[float]) -> float:
     return statistics.quantiles(seconds, n=4)[0]
 
 
-def _key(
-    model: Model, checkpoint: Checkpoint, chosen: RiverSettings, candidates: list[RiverSettings]
-) -> dict[str, Any]:
-    """What a choice depends on."""
+def _conditions(model: Model, candidates: list[RiverSettings]) -> dict[str, Any]:
+    """What a choice depends on, beside the weights."""
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
-        "version": _VERSION,
-        "weights": open_river(checkpoint, chosen).source_hash,
         "candidates": [str(settings) for settings in candidates],
         "cpu": cpu,
         "device": str(model.device),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a file by the hash of their conditions, newest last; none of a damaged file or another version."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict) or data.get("version") != _VERSION or not isinstance(data.get("entries"), dict):
+        return {}
+    fields = {"conditions": dict, "weights": str, "choice": str, "figures": dict}
+    return {
+        digest: entry
+        for digest, entry in data["entries"].items()
+        if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+    }
+
+
+def _write(path: Path, digest: str, entry: dict[str, Any]) -> None:
+    """Add an entry to a file, as its newest. What was measured for other weights, whose rivers are gone, is dropped."""
+    entries = {k: old for k, old in _read(path).items() if k != digest and old["weights"] == entry["weights"]}
+    entries = dict([*entries.items(), (digest, entry)][-_ENTRIES:])
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        aside.write_text(json.dumps({"version": _VERSION, "entries": entries}, indent=1) + "\n")
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)  # measured again at the next start

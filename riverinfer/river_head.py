@@ -23,7 +23,7 @@ class RiverHead:
 
     def __init__(self, linear: Linear, rows: Callable[[Tensor], Tensor]) -> None:
         """``linear``: the copy, [T, H] to [T, vocab]. ``rows``: the exact head's, int64 [n] to float32 [n, H]."""
-        self._linear, self._rows = linear, rows
+        self.linear, self._rows = linear, rows
         self.weight_bytes = linear.weight_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -32,12 +32,20 @@ class RiverHead:
         Those of the shortlist are sums of the exact head's products in float32, not rounded to x's dtype as its own
         logits are; the others are the copy's.
         """
-        logits = self._linear(x).float()  # [T, vocab]
-        for state, row in zip(x.float(), logits, strict=True):
+        logits = self.linear(x).float()  # [T, vocab]
+        self.rescore(x, logits)
+        return logits
+
+    def rescore(self, x: Tensor, logits: Tensor, chosen: Tensor | None = None) -> None:
+        """Replace the highest of the copy's logits, float32 [T, vocab], by the exact head's; ``chosen`` bool [T] rows.
+
+        x [T, H] are the states they come from.
+        """
+        for i, (state, row) in enumerate(zip(x.float(), logits, strict=True)):
             ids = row.topk(min(K_SHORTLIST, len(row)), sorted=False).indices  # [64]
             # The file may hold a wider dtype than the model computes with.
-            row[ids] = self._rows(ids).to(x.dtype).float() @ state
-        return logits
+            exact = self._rows(ids).to(x.dtype).float() @ state
+            row[ids] = exact if chosen is None else torch.where(chosen[i], exact, row[ids])
 
 
 def make_river_head(

@@ -68,7 +68,9 @@ class RiverRequest:
             return []
         if mode == "lossless" and self.bits is None and self.group is None:
             # The finest group for 4 bits: its scales cost a tenth more to read and are accepted far more often.
-            choices = [[RiverSettings(bits, group, self.method) for group in (32, 64, 128)] for bits in (4, 8)]
+            # A GPU is short of bandwidth only: there the scales of a finer group cost what they weigh.
+            groups = (32, 64, 128) if device.type == "cpu" else (64, 32, 128)
+            choices = [[RiverSettings(bits, group, self.method) for group in groups] for bits in (4, 8)]
             packed = [[each for each in group if _is_packed(config, each, dtype, device)] for group in choices]
             found = [group[0] for group in packed if group]
             if found or self.draft != "river":

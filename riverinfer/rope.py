@@ -35,6 +35,11 @@ class Rope:
         for regime in self._fixed:
             self._tables[regime] = self._compute(0, positions, self._fixed[regime])
 
+    def reserved(self, regime: int) -> tuple[Tensor, Tensor]:
+        """The reserved tables of a regime: cos and signed sin as in ``tables``, float32 [positions, rotary_dim]."""
+        cos, sin = self._tables[regime]
+        return cos.squeeze(1), sin.squeeze(1)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the reserved tables."""

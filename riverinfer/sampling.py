@@ -74,6 +74,11 @@ class SamplingParams:
         for token in self.stop_token_ids:
             check_integer("stop_token_ids", token, 0)
 
+    @property
+    def alike_every_step(self) -> bool:
+        """Whether a choice needs nothing but the logits and its number, and gives nothing but a token."""
+        return self.repetition_penalty == 1.0 and not self.logprobs
+
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed drawn if there is none."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(32))

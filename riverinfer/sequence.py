@@ -109,12 +109,12 @@ class TokenSequence:
         self.note_length(end)
         if len(ids) == 1:
             logits = decode.decode_one(self.model, ids[0], start, self._kv, gate=gate, trace=trace)
-            self._append(ids, trace)
+            self.note(ids, trace.depth)
         else:
             base = len(self.tokens)
 
             def chunk_done(count: int) -> None:
-                self._append(ids[len(self.tokens) - base : count], trace)
+                self.note(ids[len(self.tokens) - base : count], trace.depth)
 
             every = all_logits and count > 1
             logits = decode.prefill(
@@ -168,9 +168,9 @@ class TokenSequence:
         of a shorter one."""
         self._rope_len = max(self._rope_len, end) if self.tokens else end
 
-    def _append(self, ids: Sequence[int], trace: Trace) -> None:
-        """Note ids whose K and V are complete; they are exact if all before them are and no layer was the river's."""
-        exact = self.exact == len(self.tokens) and trace.depth == len(self.model.layers)
+    def note(self, ids: Sequence[int], depth: int) -> None:
+        """Append ids whose K and V are complete; they are exact if all before them are and no layer was the river's."""
+        exact = self.exact == len(self.tokens) and depth == len(self.model.layers)
         self.tokens.extend(ids)
         if exact:
             self.exact = len(self.tokens)
@@ -201,7 +201,7 @@ def extend_batch(
     kvs = [sequence._kv for sequence in sequences]
     logits = decode.decode_batch(model, ids, positions, kvs, gates=gates, traces=traces)
     for sequence, token, trace in zip(sequences, ids, traces, strict=True):
-        sequence._append([token], trace)
+        sequence.note([token], trace.depth)
     return logits
 
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from riverinfer.decode import prefill
-from riverinfer.draft_policy import MAX_DRAFT, Beliefs, Costs
+from riverinfer.draft_policy import BINS, MAX_DRAFT, Beliefs, Costs, Plan
 from riverinfer.kv_arena import KVArena
 from riverinfer.lossless import LosslessRounds
 from riverinfer.outputs import Drafted, Step
 from riverinfer.sequence import TokenSequence
 
-Plan = Iterable[tuple[str, int]]  # a round each: "river", "lookup" or "none", and how many tokens at most
+Schedule = Iterable[tuple[str, int]]  # a round each: "river", "lookup" or "none", and how many tokens at most
 
 
-def force(patch: pytest.MonkeyPatch, plan: Plan) -> None:
+def force(patch: pytest.MonkeyPatch, plan: Schedule) -> None:
     """Rounds draft as ``plan`` says, which is gone through again from its beginning for ever, over all requests."""
     rounds = cycle(list(plan))
 
@@ -37,6 +37,9 @@ def force(patch: pytest.MonkeyPatch, plan: Plan) -> None:
 
         def go_on(self, confidences: Sequence[float]) -> bool:
             return len(confidences) < self._length
+
+        def plan(self, room: int) -> Plan:
+            return Plan(min(self._length, room), [1.0] * BINS, 0.0)
 
         def lookup_length(self, match: int, found: int) -> int:
             return min(self._length, found) if self._kind == "lookup" else 0

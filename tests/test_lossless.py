@@ -406,7 +406,7 @@ def next_turns(engine: Engine, interrupted: ChatSession) -> None:
         ("riverinfer.engine.Engine", "extend", (3,)),
         ("riverinfer.decode", "_walk", (17, 19)),  # of a verification, and of the draft after it
         ("riverinfer.model.Model", "logits", (17, 19)),
-        ("riverinfer.sequence.TokenSequence", "_append", (2, 3)),
+        ("riverinfer.sequence.TokenSequence", "note", (2, 3)),
         ("riverinfer.generation.Generation", "choose", (2, 5)),
         ("riverinfer.generation.Generation", "step", (2, 9)),
     ],

@@ -233,7 +233,8 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: 
 
 
 def test_options_of_a_call_are_held_against_what_is_loaded(three: Engine) -> None:
-    for options, field in ((RiverOptions(min_depth=4), "min_depth"), (RiverOptions(prefill_depth=4), "prefill_depth")):
+    fixed = RiverOptions(prefill="fixed", prefill_depth=4)
+    for options, field in ((RiverOptions(min_depth=4), "min_depth"), (fixed, "prefill_depth")):
         with pytest.raises(InvalidRequestError, match=f"{field}: is 4, but only 3 backbone layers are loaded"):
             three.generate(PROMPT, PARAMS, river=options)
 

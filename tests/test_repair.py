@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +206,32 @@ def test_an_exact_turn_reuses_what_was_repaired(engine: Engine) -> None:
     session.close()
 
 
-def test_it_needs_the_whole_backbone_and_single_sequences(engine: Engine) -> None:
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_in_a_batch_each_is_repaired_when_it_is_due(name: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of different lengths: phi3 computes one of them anew, in the backbone, at the border of its long frequencies."""
+    prompts = [random_ids(length, length) for length in (5, 50)]
+    params = [replace(PARAMS, max_tokens=count) for count in (20, 34)]
+    with load(name, repair=EVERY) as engine:
+        options = None if scope == "sequence" else RiverOptions(gate="always", repair=EVERY, scope=scope)
+        alone = [engine.generate(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        seen = watch(monkeypatch)
+        together = engine.generate_batch(prompts, params, river=options)
+    assert max(after for *_, after in seen) < 1e-5
+    assert max(before for _, _, before, _ in seen) > 1e-3
+    assert sum(output.stats.repaired for output in together) == sum(end - first for first, end, *_ in seen)
+    for got, want in zip(together, alone, strict=True):
+        assert got.token_ids == want.token_ids
+        assert got.stats.repaired == want.stats.repaired > 0
+        assert got.stats.repair_disagreements == want.stats.repair_disagreements
+        assert 0 < got.stats.repair_s <= got.stats.decode_s
+
+
+def test_it_needs_the_whole_backbone() -> None:
     with pytest.raises(InvalidRequestError, match="repair: needs the whole backbone, 3 layers of 5 are loaded"):
         load("llama", repair=4, backbone_layers=3)
     with pytest.raises(InvalidRequestError, match="repair: is -1"):
         RiverOptions(repair=-1)
-    with pytest.raises(InvalidRequestError, match="repair: is not done in batches"):
-        engine.generate_batch(["a", "b"], PARAMS)
 
 
 def test_the_command_line_counts_them(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:

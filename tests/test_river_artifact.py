@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from riverinfer.checkpoint import Checkpoint
-from riverinfer.cli import river as river_command
+from riverinfer.cli import main
 from riverinfer.errors import ConversionError, InvalidRequestError, WeightsError
 from riverinfer.weights_convert import river_artifact as artifact
 from riverinfer.weights_convert.packing import pack
@@ -316,13 +315,13 @@ def test_damaged_weights_are_named(model: Checkpoint) -> None:
 
 
 def test_the_command(model: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(action: str, folder: Path | None = model.model_dir, **flags: Any) -> str:
-        given = {"bits": None, "group": None, "method": None, **flags}
-        assert river_command.run(argparse.Namespace(action=action, model_dir=folder, **given)) == 0
+    def run(action: str, folder: Path | None = model.model_dir, *flags: str) -> str:
+        where = [] if folder is None else [str(folder)]
+        assert main(["river", action, *where, *flags]) == 0
         return capsys.readouterr().out
 
     assert "no river of" in run("info")
-    assert "bits per weight  5.00" in run("build", bits=4, group=32, method="rtn")
+    assert "bits per weight  5.00" in run("build", model.model_dir, "--bits", "4", "--group", "32", "--method", "rtn")
     build_river(Checkpoint.open(ROOT / "qwen2"), ROWS)
     said = run("info")
     assert "w4g32-rtn" in said

@@ -142,8 +142,8 @@ def test_max_depth_forces_every_gate_open(engine: Engine) -> None:
         ({"scope": "garden"}, "scope"),
         ({"scope": "last"}, "scope"),
         ({"prefill": "batch"}, "prefill"),
-        ({"prefill_depth": -1}, "prefill_depth"),
-        ({"prefill_depth": 1.5}, "prefill_depth"),
+        ({"prefill": "fixed", "prefill_depth": -1}, "prefill_depth"),
+        ({"prefill": "fixed", "prefill_depth": 1.5}, "prefill_depth"),
         ({"max_depth": 0}, "max_depth"),
         ({"max_depth": -1, "min_depth": 0}, "max_depth"),
         ({"max_depth": "3"}, "max_depth"),
@@ -155,26 +155,35 @@ def test_bad_options_are_refused(options: dict[str, Any], field: str) -> None:
         RiverOptions(**options)
 
 
+@pytest.mark.parametrize("prefill_mode", ["exact", "last", "min"])
+def test_a_depth_that_no_prompt_would_have_is_refused(prefill_mode: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r'prefill_depth: has no effect .* give prefill="fixed"'):
+        RiverOptions(prefill=prefill_mode, prefill_depth=2)
+    with pytest.raises(InvalidRequestError, match="prefill_depth: has no effect"):
+        Engine.load(ROOT / "llama", device="cpu", mode="river", prefill=prefill_mode, prefill_depth=2)
+
+
 def test_the_gates_own_scope_is_checked_too() -> None:
     with pytest.raises(InvalidRequestError, match="scope: is 'sequence'; use last or min"):
         SimilarityGate(scope="sequence")
 
 
 def test_limits_of_a_model_and_of_what_is_loaded() -> None:
-    options = RiverOptions(min_depth=2, prefill_depth=3)
+    options = RiverOptions(min_depth=2)
     assert options.limited(5, 5) is options
     with pytest.raises(InvalidRequestError, match="min_depth: is 2, the model has 1 layers; lower it"):
         options.limited(1, 1)
     with pytest.raises(InvalidRequestError, match="prefill_depth: is 3, but only 2 backbone layers are loaded; lower"):
-        options.limited(5, 2)
+        RiverOptions(prefill="fixed", prefill_depth=3).limited(5, 2)
     held = options.limited(5, 4)
     assert (held.max_depth, held.prefill, held.prefill_depth) == (4, "fixed", 4)
+    assert held.limited(5, 4) == held
     assert (held.min_depth, held.tau, held.scope) == (options.min_depth, options.tau, options.scope)
     assert RiverOptions(max_depth=2).limited(5, 4).max_depth == 2
     assert RiverOptions(max_depth=9).limited(5, 4).max_depth == 4
-    for prefill_mode in ("last", "min", "fixed"):
-        limited = RiverOptions(prefill=prefill_mode, prefill_depth=1).limited(5, 4)
-        assert (limited.prefill, limited.prefill_depth) == (prefill_mode, 1)
+    for prefill_mode, depth in (("last", None), ("min", None), ("fixed", None), ("fixed", 1)):
+        limited = RiverOptions(prefill=prefill_mode, prefill_depth=depth).limited(5, 4)
+        assert (limited.prefill, limited.prefill_depth) == (prefill_mode, depth)
     assert RiverOptions(min_depth=0).limited(5, 0).make_gate().start()
 
 
@@ -377,6 +386,11 @@ def test_the_method_of_the_copy_is_a_flag(cache: Path, capsys: pytest.CaptureFix
         (["--min-depth", "4", "--max-depth", "3"], "max_depth: is 3; give an integer of at least 4"),
         (["--prefill", "fixed", "--prefill-depth", "-1"], "prefill_depth: is -1; give an integer of at least 0"),
         (["--prefill", "fixed", "--prefill-depth", "9"], "prefill_depth: is 9, the model has 5 layers; lower it"),
+        (
+            ["--prefill-depth", "2"],
+            'prefill_depth: has no effect with prefill "exact"; give prefill="fixed" (--prefill fixed) too,'
+            " or leave it out",
+        ),
         (["--backbone-layers", "6"], "backbone_layers: is 6; give an integer of at least 0 and at most 5"),
         (["--backbone-layers", "-2"], "backbone_layers: is -2; give an integer of at least 0 and at most 5"),
     ],

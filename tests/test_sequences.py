@@ -124,13 +124,13 @@ def test_an_interrupt_does_not_pass_long_frequencies_off_as_short_ones(monkeypat
     model = model_of("phi3")
     _, (sequence,) = fresh(model, ctx_size=700)
     ids = [7 + i % 50 for i in range(600)]
-    append = TokenSequence._append
+    append = TokenSequence.note
 
     def interrupted(self: TokenSequence, *args: Any) -> None:
         append(self, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TokenSequence, "_append", interrupted)
+    monkeypatch.setattr(TokenSequence, "note", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sequence.extend(ids)
     monkeypatch.undo()

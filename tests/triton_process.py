@@ -61,15 +61,16 @@ def compile_kernel(
 ) -> Compiled:
     """A kernel for an NVIDIA architecture, compiled without a GPU.
 
-    types: those of the arguments that are not in ``constants``; more may be given. Pointers start at multiples of 16
-    bytes, and so are the integers named in ``multiples``.
+    types: those of the arguments that are not in ``constants``; more may be given. Arguments in neither have their
+    default. Pointers start at multiples of 16 bytes, and so are the integers named in ``multiples``.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = function.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
+    defaults = {p.name: p.default for p in function.params if p.has_default and p.name not in types}
+    constants = {name: value for name, value in {**defaults, **constants}.items() if name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in set(multiples)]
     source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})

@@ -612,7 +612,8 @@ def _label(settings: RiverSettings) -> str:
 
 
 def _build_again(checkpoint: Checkpoint, settings: RiverSettings) -> str:
-    return f"build it with: riverinfer river build {checkpoint.model_dir} (settings {settings})"
+    flags = f"--bits {settings.bits} --group {settings.group} --method {settings.method}"
+    return f"build it with: riverinfer river build {checkpoint.model_dir} {flags}"
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "the quantized copies that river mode uses, and a picture of where tokens exit"
     river = commands.add_parser("river", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     actions = river.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _river_copy(_command(actions, "build", "make the quantized copy of a model"))
+    build = _command(actions, "build", "make the quantized copy of a model, by default what lossless mode uses")
+    _river_copy(build)
+    _place(build)
     _river_copy(_command(actions, "info", "list the copies in the cache, or those of one model"))
     _river_copy(_command(actions, "rm", "remove the copies in the cache, or those of one model"))
     _river_trace(_command(actions, "trace", "generate, up to 48 tokens without -n, and draw where they exit"))
@@ -119,8 +121,16 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 def _river_copy(parser: argparse.ArgumentParser) -> None:
     """Flags of build, info and rm; that only build takes --bits and its like is for the command to say."""
     _model(parser)
-    parser.add_argument("--bits", "--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
-    parser.add_argument("--group", "--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
+    parser.add_argument(
+        "--bits",
+        "--river-bits",
+        type=int,
+        choices=(4, 8),
+        help="bits a weight (default: 4; build without --group: what lossless mode drafts fastest in, measured)",
+    )
+    parser.add_argument(
+        "--group", "--river-group", type=int, metavar="G", help="weights a scale (default: 64; as for --bits)"
+    )
     parser.add_argument("--method", choices=("hqq", "awq", "rtn"), help="quantizer (default: hqq)")
 
 
@@ -162,13 +172,20 @@ def _runtime(parser: argparse.ArgumentParser, *, mode: bool = True) -> None:
             help="lossless: the checkpoint's own output, sooner: a quantized copy drafts, the backbone verifies; exact:"
             " a backbone pass a token; river: tokens exit early into the copy, at a loss (default: lossless)",
         )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: auto)")
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
+    _place(group)
     group.add_argument(
         "-c", "--ctx-size", type=int, default=4096, metavar="N", help="positions of context, 0 = the model's own"
     )
+    group.add_argument(
+        "--no-graph", action="store_true", help="on a GPU: walk layer by layer in torch, no fused kernels"
+    )
     group.add_argument("--check", action="store_true", help="refuse weights that are NaN or infinite")
+
+
+def _place(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 (default: auto)")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
 
 
 def _river(parser: argparse.ArgumentParser) -> None:

@@ -107,19 +107,24 @@ class _Chat:
 
     def _stream(self, steps: Iterator[Step]) -> None:
         """Print one answer; Ctrl-C stops it and keeps what was said."""
-        before = self.session.last_output
+        before, shown = self.session.last_output, 0
         try:
             with contextlib.closing(steps):  # type: ignore[type-var]
                 for step in steps:
                     text = step.text
                     if self.commands.show_depth and text and step.exit_depth is not None:
                         text = color(text, step.exit_depth, self.session.engine.config.num_layers)
+                    shown += len(step.text)
                     self.terminal.write(text)
         except KeyboardInterrupt:
             if not self.terminal.interactive:
                 raise
-            said = self.session.last_output is not before
-            self.terminal.note("stopped" if said else "stopped before the answer began; the message was taken back")
+            said = self.session.last_output
+            if said is None or said is before:
+                self.terminal.note("stopped before the answer began; the message was taken back")
+            else:
+                self.terminal.write(said.text[shown:])  # kept, though the interrupt came before it was shown
+                self.terminal.note("stopped")
         finally:
             self.terminal.end_answer()
         output = self.session.last_output

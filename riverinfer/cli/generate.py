@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from riverinfer.cli.pacing import Pacer
 from riverinfer.cli.setup import check_flags, given_prompt, load_engine, make_session, recommended, sampling_params
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferError
 
@@ -46,14 +47,19 @@ def _generate(args: argparse.Namespace, engine: Engine, prompt: str) -> int:
         steps = engine.stream(text, params, output=output)
     else:
         steps = session.send(prompt, params, output=output)
+    pacer = Pacer(_show) if sys.stdout.isatty() and not args.json else None
+    show = pacer.push if pacer is not None else _show
     try:
         for step in steps:
             if not args.json:
-                print(step.text, end="", flush=True)
+                show(step.text)
     except ContextLengthError as exc:
         if not output.token_ids:
             raise
         error = exc
+    finally:
+        if pacer is not None:
+            pacer.finish()
     if args.json:
         print(json.dumps(_as_json(engine, output, params.logprobs, error), ensure_ascii=False))
     else:
@@ -67,6 +73,10 @@ def _generate(args: argparse.Namespace, engine: Engine, prompt: str) -> int:
     if error is not None:
         raise error
     return 0
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _as_json(engine: Engine, output: Output, logprobs: int | None, error: RiverinferError | None) -> dict[str, Any]:

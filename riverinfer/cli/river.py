@@ -31,38 +31,94 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from riverinfer.checkpoint import Checkpoint
-    from riverinfer.cli.setup import model_dir
-    from riverinfer.loader import resolve_device
-    from riverinfer.weights_convert.river_artifact import build_river, open_river
+    """Make the river that --bits and --group name; without them what lossless mode drafts in, as its first start does.
 
-    settings = _settings(args)
+    What that measures and chooses is kept for it.
+    """
+    from riverinfer.checkpoint import Checkpoint
+    from riverinfer.cli.setup import model_dir, use_huge_pages
+    from riverinfer.loader import resolve_device, resolve_dtype
+    from riverinfer.weights_convert.river_artifact import open_river
+
+    use_huge_pages()
+    _set_threads(args.threads)
+    device = resolve_device(args.device)
     checkpoint = Checkpoint.open(model_dir(args))
-    device = resolve_device(getattr(args, "device", None) or "auto")
+    dtype = resolve_dtype(args.dtype, checkpoint.stored_dtype, device)
     began = time.monotonic()
-    calibrate = partial(_calibrate, checkpoint, device)
-    path = build_river(checkpoint, settings, device=device, progress=ConsoleProgress(), calibrate=calibrate)
+    named = args.bits is not None or args.group is not None
+    settings = (_build_named if named else _build_fastest)(args, checkpoint, device, dtype)
     seconds = time.monotonic() - began
+    if settings is None:
+        print("no river was made: lossless mode drafts in none here; --bits and --group make one for river mode")
+        return 0
     river = open_river(checkpoint, settings)
     weights = river.weights
-    print(f"path             {path}")
-    print(f"size             {_size(path.stat().st_size)}")
+    print(f"path             {river.path}")
+    print(f"size             {_size(river.path.stat().st_size)}")
     print(f"seconds          {seconds:.1f}")
     print(
         f"bits per weight  {8 * river.nbytes / weights:.2f} (scales and offsets included, {weights / 1e6:.1f}M weights)"
     )
+    if not named:
+        print("lossless mode drafts in it; riverinfer river info shows what was measured")
     return 0
 
 
-def _calibrate(checkpoint: Checkpoint, device: torch.device) -> Calibration:
+def _build_named(
+    args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> RiverSettings:
+    from riverinfer.weights_convert.river_artifact import RiverSettings, build_river
+
+    given = {name: getattr(args, name) for name in ("bits", "group", "method")}
+    settings = RiverSettings(**{name: value for name, value in given.items() if value is not None})
+    calibrate = partial(_calibrate, checkpoint, device, dtype)
+    build_river(checkpoint, settings, device=device, progress=ConsoleProgress(), calibrate=calibrate)
+    return settings
+
+
+def _build_fastest(
+    args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> RiverSettings | None:
+    """None where lossless mode would draft in no river, for want of a packed kernel or of memory."""
+    from riverinfer.engine import Engine
+    from riverinfer.river_loading import RiverRequest
+
+    method = args.method or "hqq"
+    if not RiverRequest(method=method).candidates(checkpoint.config, "lossless", dtype, device):
+        return None
+    # With draft="river" one that cannot be made is an error, where a chat would do without.
+    with Engine.load(
+        checkpoint.model_dir,
+        device=args.device,
+        dtype=args.dtype,
+        max_sequences=1,
+        progress=ConsoleProgress(quiet_s=1.0),
+        river_method=method,
+        draft="river",
+    ) as engine:
+        return engine.river_settings
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    from riverinfer.engine import MAX_THREADS
+    from riverinfer.sampling import check_integer
+
+    if threads is not None:
+        check_integer("threads", threads, 1, MAX_THREADS)
+        torch.set_num_threads(threads)
+
+
+def _calibrate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Calibration:
     """The model's backbone, loaded for this alone, on the calibration texts."""
     from riverinfer.calibration import MAX_TOKENS, calibrate
-    from riverinfer.loader import load_model, resolve_dtype
+    from riverinfer.loader import load_model
     from riverinfer.memory import require_memory
     from riverinfer.tokenizer import Tokenizer
 
     config = checkpoint.config
-    dtype = resolve_dtype("auto", checkpoint.stored_dtype, device)
     per_token = config.kv_bytes_per_token(dtype.itemsize)
     weights = checkpoint.parameters * dtype.itemsize
     require_memory(device, weights=weights, slots=1, ctx_size=MAX_TOKENS, bytes_per_token=per_token)
@@ -99,10 +155,15 @@ def _print_choice(checkpoint: Checkpoint) -> None:
     """What lossless mode measured and chose on this machine, if it did."""
     from riverinfer.river_choice import read_choice
 
-    choice, figures = read_choice(checkpoint)
-    if choice:
-        print(f"lossless mode drafts in {choice}; expected speed over exact mode, measured on this machine:")
-    for name, values in figures.items():
+    choice = read_choice(checkpoint)
+    if choice is None:
+        return
+    told = {name: str(choice.conditions.get(name)).removeprefix("torch.") for name in ("threads", "dtype", "device")}
+    print(
+        f"lossless mode drafts in {choice.settings}; expected speed over exact mode, measured on this machine with"
+        f" {told['threads']} thread{'' if told['threads'] == '1' else 's'}, {told['dtype']} on {told['device']}:"
+    )
+    for name, values in choice.figures.items():
         print(
             f"  {name}: {values['speedup']:.2f}x (a draft step costs {values['draft_cost']:.2f} of an exact one,"
             f" {values['acceptance'] * 100:.0f} % are accepted)"
@@ -129,14 +190,6 @@ def _checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     from riverinfer.checkpoint import Checkpoint
 
     return Checkpoint.open(args.model_dir)
-
-
-def _settings(args: argparse.Namespace) -> RiverSettings:
-    """The flags over the defaults; a flag that is None was not given."""
-    from riverinfer.weights_convert.river_artifact import RiverSettings
-
-    given = {name: getattr(args, name, None) for name in ("bits", "group", "method")}
-    return RiverSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 def _size(nbytes: int) -> str:

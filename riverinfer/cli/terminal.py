@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from riverinfer.cache_dir import history_file
+from riverinfer.cli.pacing import Pacer
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -82,7 +83,8 @@ class PipeTerminal:
 class EditorTerminal(PipeTerminal):
     """A line editor: history across restarts, completion of commands, multi-line paste and input.
 
-    Enter sends. Alt-Enter, a backslash at the end of a line, or an open triple quote start a new line.
+    Enter sends. Alt-Enter, a backslash at the end of a line, or an open triple quote start a new line. Answers that
+    come in bursts are shown smoothly; whatever follows an answer waits for all of it.
     """
 
     interactive = True
@@ -90,6 +92,25 @@ class EditorTerminal(PipeTerminal):
     def __init__(self, *, dim: bool, history: bool) -> None:
         super().__init__(dim=dim)
         self._session = _prompt_session(history)
+        self._pacer: Pacer | None = None  # of the answer that is being shown
+
+    def write(self, text: str) -> None:
+        if self._pacer is None:
+            self._pacer = Pacer(super().write)
+        self._pacer.push(text)
+
+    def end_answer(self) -> None:
+        self._show_all()
+        super().end_answer()
+
+    def note(self, text: str) -> None:
+        self._show_all()
+        super().note(text)
+
+    def _show_all(self) -> None:
+        if self._pacer is not None:
+            self._pacer.finish()
+        self._pacer = None
 
     def read(self, draft: str = "", *, complete: Sequence[str] = ()) -> str:
         from prompt_toolkit.completion import WordCompleter
