@@ -34,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU does not take hold of it: we fork
 sys.path.insert(0, str(ROOT))
 
 if find_spec("platformdirs") is None:  # on a bare machine; RIVERINFER_CACHE says where the cache is
@@ -86,7 +87,7 @@ def machine(part: Part, _: Setting) -> None:
             "capability": f"{card.major}.{card.minor}",
             "multiprocessors": card.multi_processor_count,
             "memory_bytes": card.total_memory,
-            "l2_bytes": card.L2_cache_size,
+            "l2_bytes": getattr(card, "L2_cache_size", None),
             "cuda": torch.version.cuda,
         }
     part.results.update(found)
@@ -138,6 +139,8 @@ def commit(given: str | None) -> str | None:
 
 def compiled() -> int:
     """Kernels that Triton keeps on this machine."""
+    if DRY:
+        return 0
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     return len({path.parent.name for path in folder.glob("*/*.cubin")})
 
@@ -215,6 +218,7 @@ def run(options: argparse.Namespace, work: Path) -> int:
     """The exit status."""
     ends = time.monotonic() + options.minutes * 60
     results: Results = read_json(options.resume) if options.resume else {}
+    card = results.get("machine", {}).get("gpu")
     results |= {"commit": commit(options.commit), "command": sys.argv[1:]}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "gpu.json"
@@ -225,17 +229,16 @@ def run(options: argparse.Namespace, work: Path) -> int:
 
     setting, before = Setting(model=options.model), compiled()
     if options.gguf_parts:
-        try:
-            setting = replace(setting, model=Path(gpu_text.prepared(options.gguf_parts, work)()))
-        except Exception as error:  # the other sections need no model
-            print(f"the model is left out: {type(error).__name__}: {error}")
+        conversion = Section("convert", partial(gpu_text.convert_parts, options.gguf_parts, work), 90)
+        made = run_section(conversion, setting, None, conversion.seconds, work, lambda _: None, {}).get("folder")
+        setting = replace(setting, model=Path(made) if isinstance(made, str) else None)
     for section in chosen(options.only, options.skip, setting.model is not None):
         began, left = time.monotonic(), ends - time.monotonic()
         if left < 10:
             print(f"\n{section.name} is left out: no time left")
             continue
         print(f"\n== {section.name} ==", flush=True)
-        earlier = results.get(section.name, {})
+        earlier = {} if section.name == "machine" else results.get(section.name, {})
         if isinstance(earlier, list):
             earlier = {each["check"]: {"remark": each["remark"]} for each in earlier if each["passed"]}
         run_this = partial(run_section, section, setting, options.table, min(section.seconds, left), work)
@@ -244,6 +247,9 @@ def run(options: argparse.Namespace, work: Path) -> int:
             run_section(first, setting, options.table, min(200.0, left), work, lambda _: None, {})
         found = run_this(partial(keep, section.name), measured(earlier))
         if section.name == "machine":
+            if card and card != found.get("gpu"):
+                print(f"--resume is of another card, {card}: all is measured")
+                results = {"commit": results["commit"], "command": results["command"], "machine": found}
             setting = replace(setting, bandwidth=found.get("copy_bytes_per_s") or 1.0)
             if failure(found.get("section")) or failure(found.get("copy_bytes_per_s")):
                 print("there is no GPU to measure")
@@ -275,7 +281,7 @@ def _report(results: Results, path: Path) -> int:
     print(f"\n{checks - len(failed)} checks passed, {len(failed)} failed {json.dumps(failed) if failed else ''}")
     print(f"saved {path}")
     summary = results.get("text", {}).get("summary", {})
-    return int(bool(failed) or summary.get("equal") != summary.get("texts"))
+    return int(bool(failed) or results.get("checks") == [] or summary.get("equal") != summary.get("texts"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ have theirs again, and counters are zero afterwards.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -33,6 +34,7 @@ from riverinfer.sampling import SamplingParams
 Kind = tuple[int, int]  # bits and group; 16, 0: bfloat16
 Check = Callable[[], str]
 NAN = float("nan")
+FAR = 0.04  # for states of a few layers: two ways to round to bfloat16 differ by 0.01 and more
 FLAGS = ([0], [1], [2], [0, 1, 2, 1, 0], [1] * 8, [0] * 8 + [1] * 3 + [2, 1, 1, 0, 2])
 FILTERS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
@@ -52,13 +54,23 @@ def checks(part: Part) -> None:
         name, check = jobs[number]
         began = time.perf_counter()
 
-        def run(check: Check = check) -> Results:
-            return {"remark": check()}
-
-        made = part.attempt(name, run, needs=2)
+        made = part.attempt(name, partial(_patient, check), needs=2)
         if made is not None:
             print(f"ok   {name}  {made['remark']}  ({time.perf_counter() - began:.1f} s)", flush=True)
         release()
+
+
+def _patient(check: Check, tries: int = 3) -> Results:
+    """Memory that is not there may be there soon: processes beside this one hold it."""
+    try:
+        return {"remark": check()}
+    except torch.OutOfMemoryError as error:
+        if not tries:
+            raise
+        traceback.clear_frames(error.__traceback__)
+    release()
+    time.sleep(4)
+    return _patient(check, tries - 1)
 
 
 def _jobs() -> Iterator[tuple[str, Check]]:
@@ -87,10 +99,11 @@ def _jobs() -> Iterator[tuple[str, Check]]:
 def _kinds(shape: Shape, name: str, matrix: Matrix) -> list[Kind]:
     """What the river is, and where sums are longest or shapes odd, all that it could be."""
     kinds = [(16, 0), (4, GROUP)]
-    odd = shape is SMOLLM or (shape is LLAMA_8B and name == "down")
+    small = shape.name == SMOLLM.name
+    odd = small or (shape.name == LLAMA_8B.name and name == "down")
     if DRY or (odd and name in ("down", "gate_up")):
         kinds += [(8, 32)] if DRY else product((4, 8), (32, 64, 128))
-    if shape is SMOLLM:
+    if small:
         kinds.append((8, GROUP))
     fits = [kind for kind in dict.fromkeys(kinds) if not kind[1] or matrix[1] % kind[1] == 0]
     if DRY:
@@ -197,7 +210,7 @@ def check_linear(matrix: Matrix, kind: Kind) -> str:
 
 
 def check_dual(matrix: Matrix, gated: bool) -> str:
-    """Bits of each path alone for flags of all kinds; finished rows stay; a gate decides by the output."""
+    """Bits of each path alone for flags of all kinds; finished rows stay. ``gated``: a gate decides by the output."""
     n, k, *_ = matrix
     dense, river, workspace = random_matrix(n, k), random_linear(n, k).packed, Workspace(DEVICE)
     remark = ""
@@ -217,6 +230,14 @@ def check_dual(matrix: Matrix, gated: bool) -> str:
             same(out[row], alone[flag][row], f"row {row} of {flags} has other bits")
         if gated:
             remark = _check_gate(matrix, flags, dense, river, given, alone)
+    if gated:  # and where the backbone's form is not loaded
+        path, arguments = ints([1, 2]), _around(2, matrix)
+        want = linear(weight=river, out=out_of(matrix, 2), **arguments)
+        got = dual_linear(
+            path=path, weight=None, river=river, out=torch.full_like(want, 3), workspace=workspace, **arguments
+        )
+        same(got[0], want[0], "without the other form, a row has other bits")
+        require((got[1] == 3).all(), "a finished row was written")
     require(not workspace.counters.any(), "counters are not back at zero")
     return remark
 
@@ -423,7 +444,7 @@ def check_steps(shape: Shape) -> str:
     steps.arena.block.copy_(cache)
     want = torch.cat([torch_walk(model, ids[i : i + 1], at + i, slot) for i in range(count)])
     error = error_of(states, want)
-    require(error < 0.02, f"states are {error:.1e} from the torch walk's")
+    require(error < FAR, f"states are {error:.1e} from the torch walk's")
     for rows in (2,) if DRY else (2, 4, 8, 16):
         steps.arena.block.copy_(cache)
         got = torch.cat([walk(ids[i : i + rows], at + i, slot) for i in range(0, count, rows)])
@@ -463,7 +484,7 @@ def check_gated(shape: Shape) -> str:
         steps.arena.block.copy_(cache)
         want = torch_walk(model, ids, at, slot, gate=FixedDepth(depth))
         worst = max(worst, error_of(got, want))
-        require(worst < 0.02, f"depth {depth}: states are {worst:.1e} from the torch walk's")
+        require(worst < FAR, f"depth {depth}: states are {worst:.1e} from the torch walk's")
     for depth in (1,) if DRY else (0, 1, shape.layers - 1):
         path = steps.path(depth)
         said = steps.say(at, int(ids[0]), 2 if DRY else 20, path)

@@ -29,7 +29,7 @@ from gpu_models import (
     random_model,
     random_packed,
 )
-from gpu_run import DEVICE, DRY, Part, Results, Setting, capture, ints, normal, release, seconds_each, seconds_of
+from gpu_run import DEVICE, DRY, Part, Results, Setting, capture, heat, ints, normal, release, seconds_each, seconds_of
 from torch import Tensor
 
 from riverinfer.device_walk import StepKind
@@ -77,6 +77,7 @@ def bandwidth() -> float:
     """Bytes a second of a 2 GiB copy, read and written."""
     source = torch.empty(2**16 if DRY else 2**31, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
+    heat(1.0)
     return 2 * source.nbytes / seconds_of(capture(lambda: target.copy_(source)))
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._dynamo.utils
 from gpu_models import LLAMA_1B, TINY, Shape
 from gpu_run import DEVICE, DRY, Part, Results, Setting, release, synchronize
 
@@ -29,6 +31,7 @@ def peers(part: Part, setting: Setting) -> None:
         part.save()
         return
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     shape = TINY if DRY else LLAMA_1B
     models: dict[str, Callable[[], Any]] = {f"{shape.name}, random weights": partial(_random, shape)}
     if setting.model is not None:
@@ -86,6 +89,7 @@ def _rate(build: Callable[[], Any], compiled: bool) -> Results:
 
     started = time.perf_counter()
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = build().eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -107,6 +111,8 @@ def _rate(build: Callable[[], Any], compiled: bool) -> Results:
     for _ in range(1 if DRY else 3):
         say()
     ready = time.perf_counter() - started
+    frames = torch._dynamo.utils.counters["frames"].get("ok", 0)
+    assert not compiled or frames, "nothing was compiled"
     timed = [say() for _ in range(1 if DRY else 3)]
     assert all(count == total for _, count in timed), "the text ended before its time"
-    return {"tokens_per_s": COUNTED / min(seconds for seconds, _ in timed), "ready_s": ready}
+    return {"tokens_per_s": COUNTED / min(seconds for seconds, _ in timed), "ready_s": ready, "frames": frames}

@@ -9,6 +9,7 @@ Triton's interpreter (``gpu.py --dry``) runs the same on a CPU: launches are not
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -104,7 +105,7 @@ class Part:
     def fail(self, name: str, error: BaseException) -> None:
         """Keep and print what went wrong; its frames, and what they hold on the GPU, go."""
         said = str(error).strip()
-        text = f"{type(error).__name__}: {said.splitlines()[0][:300] if said else ''}"
+        text = f"{type(error).__name__}: {said.splitlines()[0][:200] if said else ''}"
         where = traceback.extract_tb(error.__traceback__)[-3:]
         at = [f"{Path(each.filename).name}:{each.lineno}" for each in where]
         self.results[name] = {"error": text, "at": at, "whole": said[-1500:]}
@@ -189,9 +190,9 @@ def in_processes(
 
 
 def _run(section: Callable[[Part], None], part: Part) -> None:
-    import faulthandler
-
+    gc.freeze()  # captures collect garbage: not what was imported
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
         section(part)
     except Exception as error:
@@ -204,11 +205,10 @@ def _run(section: Callable[[Part], None], part: Part) -> None:
 
 
 def _end(process: Any) -> None:
-    os.kill(process.pid, signal.SIGABRT)  # faulthandler says where it hung
-    process.join(3)
-    if process.is_alive():
-        process.kill()
-        process.join(10)
+    os.kill(process.pid, signal.SIGUSR1)  # it says where it hung
+    process.join(1)
+    process.kill()
+    process.join(10)
 
 
 def _note_death(path: Path, how: str) -> None:
@@ -288,8 +288,20 @@ class Stopwatch:
         return earlier._event.elapsed_time(self._event) / 1000
 
 
+def heat(seconds: float = 0.02) -> None:
+    """An idle card is slow until it has worked for a while."""
+    if DRY:
+        return
+    x = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        x @ x
+        torch.cuda.synchronize()
+
+
 def seconds_of(call: Callable[[], Any], repeats: int = 15, warm: int = 2) -> float:
     """Median seconds of ``call``, whose work follows itself on the device without a gap of the host's making."""
+    heat()
     for _ in range(0 if DRY else warm):
         call()
     moments = [Stopwatch()]

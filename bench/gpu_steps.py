@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from gpu_models import LLAMA_8B, SHAPES, TINY, Shape, Steps, random_model
-from gpu_run import DRY, Part, Results, Setting, Stopwatch, peak_memory, release, seconds_of, synchronize
+from gpu_run import DRY, Part, Results, Setting, Stopwatch, heat, peak_memory, release, seconds_of, synchronize
 
 from riverinfer.decode import decode_one, prefill
 from riverinfer.draft_policy import MAX_DRAFT
@@ -74,7 +74,7 @@ def _of_model(part: Part, setting: Setting, shape: Shape, made: Steps) -> None:
     for rows in ROWS:
         show(f"verify {rows}", partial(_verify, made, setting, rows))
     show("prefill of 512" if not DRY else "prefill of 20", partial(_prefill, made))
-    if shape in (LLAMA_8B, TINY):
+    if shape.name in (LLAMA_8B.name, TINY.name):
         release()
         long = part.make(f"{shape.name} long context", lambda: Steps(made.model, 64 if DRY else 2 * LONG))
         if long is not None:
@@ -129,6 +129,7 @@ def _steps(made: Steps, setting: Setting, depths: Sequence[int | None], context:
             turn += 1
         return (time.perf_counter() - began) / each
 
+    heat()
     host = queue()
     if not DRY:
         synchronize()
@@ -138,14 +139,18 @@ def _steps(made: Steps, setting: Setting, depths: Sequence[int | None], context:
         queue()
         moments.append(Stopwatch())
     synchronize()
-    seconds = statistics.median(b.since(a) for a, b in pairwise(moments)) / each
+    taken = sorted(b.since(a) / each for a, b in pairwise(moments))
+    seconds = statistics.median(taken)
     nbytes = statistics.mean(matrix_bytes(made.model, depth) for depth in depths)
-    return _against_floor(setting, seconds, nbytes, host_ms=host * 1000, context=context, depths=list(depths))
+    more: Results = {"host_ms": host * 1000, "context": context, "depths": list(depths)}
+    more["range_ms"] = [taken[0] * 1000, taken[-1] * 1000]
+    return _against_floor(setting, seconds, nbytes, **more)
 
 
 def _rounds(made: Steps, queue: Callable[[], tuple[Any, ...]]) -> tuple[float, float]:
     """Median seconds of drafting and of verifying."""
     made.place(CONTEXT)
+    heat()
     drafting, verifying = [], []
     for number in range(1 if DRY else 18):
         began, drafted, done = queue()

@@ -11,11 +11,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_run import DEVICE, DRY, Part, Results, Setting, release, synchronize
@@ -181,15 +179,15 @@ def _summary(part: Part, names: list[str]) -> None:
     part.save()
 
 
-def prepared(parts: list[Path], work: Path) -> Callable[[], Any]:
-    """Joins and converts a GGUF that came in ``parts``: a function that gives the model's folder."""
+def convert_parts(parts: list[Path], work: Path, part: Part, _: Setting) -> None:
+    """A model folder from a GGUF that came in ``parts``."""
+    folder = work / "model"
 
     def prepare() -> str:
-        folder = work / "model"
         convert(join(parts, work / "model.gguf"), folder)
         return str(folder)
 
-    return prepare
+    print(f"converted: {part.attempt('folder', prepare)}", flush=True)
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -86,7 +86,10 @@ class TritonPackedLinear:
         from riverinfer.weights_convert.packing import pack
 
         group = q.shape[1] // scale.shape[1]
-        self.packed = packed_weights(pack(q, bits, group), scale, offset, bits=bits, group=group)
+        words = pack(q, bits, group)
+        if words.data_ptr() % 16:  # 8 bits are taken as they are, even out of a mapped file
+            words = words.clone()
+        self.packed = packed_weights(words, scale, offset, bits=bits, group=group)
         self.in_features, self.bias = q.shape[1], bias
         self.weight_bytes = self.packed.nbytes
         self._linear, self._few = linear, MAX_TOKENS

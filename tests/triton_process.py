@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,34 @@ import pytest
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 LARGEST = 99 * 1024  # bytes of shared memory: what a program may have on every GPU since Ampere
+
+
+def _interpret_faster() -> None:
+    """The interpreter patches Triton's language at each launch, and again whenever a function calls another, which
+    takes most of its time. Once a launch for each module that functions come from is enough."""
+    from triton.runtime import interpreter
+
+    launch, patched = interpreter.GridExecutor.__call__, set[int]()
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = begin
+    interpreter.InterpretedFunction.__call__ = call
+    # Overflows of integers are computed, and told only in debug mode.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    _interpret_faster()
 
 
 def run(arguments: list[str], cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
