@@ -14,8 +14,8 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from riverinfer.decode import decode_one, prefill
 from riverinfer.draft_policy import MAX_DRAFT
 from riverinfer.errors import ConversionError, RiverinferError, RiverinferWarning, WeightsError
 from riverinfer.gates import always
+from riverinfer.kernels.linear import triton_runs
 from riverinfer.kv_arena import KVArena
 from riverinfer.model import Model
 from riverinfer.progress import Progress
@@ -136,23 +137,46 @@ class _Measure:
 
     def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
         self._model = model
-        arena = KVArena(model.config, slots=1, ctx_size=256, dtype=model.dtype, device=model.device)
-        self._kv = arena.slot(0)
+        self._arena = KVArena(model.config, slots=1, ctx_size=256, dtype=model.dtype, device=model.device)
+        self._kv = self._arena.slot(0)
         self._texts: list[tuple[list[int], int]] = []  # ids, where the model's own begin
-        exact: list[float] = []
+        with self._as_it_will_run():
+            self._exact = _typical(self._read_and_go_on(tokenizer))
+
+    @contextmanager
+    def _as_it_will_run(self) -> Iterator[None]:
+        """On a GPU by its kernels' steps: torch's launches would take longer than what they launch."""
+        model = self._model
+        if model.dtype == torch.bfloat16 and triton_runs(model.device.type):
+            from riverinfer.device_walk import DeviceWalk
+
+            model.device_walk = DeviceWalk(model, self._arena)
+        try:
+            yield
+        finally:
+            model.device_walk = None
+
+    def _read_and_go_on(self, tokenizer: Tokenizer) -> list[float]:
+        """Fill ``_texts``: seconds of each exact step."""
+        model, exact = self._model, list[float]()
         for text in TEXTS[:_SAMPLES]:
             ids = tokenizer.encode(text)[:100]
             begin = len(ids)
             logits = prefill(model, ids, 0, self._kv)
-            for _ in range(_TOKENS):
-                ids.append(int(logits[0].argmax()))
+            ids.append(int(logits[0].argmax()))
+            for _ in range(_TOKENS - 1):
                 began = time.perf_counter()
-                logits = decode_one(model, ids[-1], len(ids) - 1, self._kv)
+                token = int(decode_one(model, ids[-1], len(ids) - 1, self._kv)[0].argmax())
                 exact.append(time.perf_counter() - began)
+                ids.append(token)
             self._texts.append((ids, begin))
-        self._exact = _typical(exact)
+        return exact
 
     def __call__(self) -> dict[str, float]:
+        with self._as_it_will_run():
+            return self._measure()
+
+    def _measure(self) -> dict[str, float]:
         model, kv = self._model, self._kv
         draft: list[float] = []
         verify: list[float] = []
@@ -171,7 +195,7 @@ class _Measure:
                     agreed += 1
                 # Exact again, as a round's verification leaves it.
                 began = time.perf_counter()
-                prefill(model, ids[start : start + _DRAFT + 1], start, kv, all_logits=True)
+                prefill(model, ids[start : start + _DRAFT + 1], start, kv, all_logits=True).argmax(-1).tolist()
                 verify.append(time.perf_counter() - began)
         a = agreed / judged
         c, v = _typical(draft) / self._exact, _typical(verify) / self._exact
