@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,61 @@ def matrices() -> Iterator[Entry]:
         yield matrix("Llama-3.1-8B", "gate_up", kind, form="dual")
 
 
+ROWS = dict.fromkeys(("position", "slot", "path"), "*i32")
+
+
+def attention() -> Iterator[Entry]:
+    from riverinfer.kernels.triton_attention import blocks_for
+
+    for (model, sizes), capability in product(MODELS.items(), (80, 90)):
+        heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.head_dim
+        shape, blocks = f"{heads}/{kv_heads} heads of {dim}", blocks_for(dim)
+        types = {**ROWS, "counters": "*i32", **dict.fromkeys(("q", "kv", "out"), "*bf16"), "workspace": "*fp32"}
+        types |= dict.fromkeys(("n", "length", "slot_stride", "window"), "i32")
+        constants: dict[str, Any] = {
+            "G": heads // kv_heads, "D": dim, "DP": dim, "COLUMNS": blocks.columns, "KEYS": blocks.keys, "SPLIT": 256,
+            "STAGES": blocks.stages, "PAIRS": blocks.pairs, "PARTS": blocks.parts,
+        }  # fmt: skip
+        yield Entry(
+            "attention", shape, "bf16 cache", (model,), "triton_attention", "attention_kernel",
+            types, constants, blocks.warps, capability, ("slot_stride",),
+        )  # fmt: skip
+        types = {**ROWS, **dict.fromkeys(("qkv", "kv", "out"), "*bf16"), "length": "i32", "slot_stride": "i32"}
+        types |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
+        constants = {"HQ": heads, "HKV": kv_heads, "D": dim, "DP": dim, "ROTARY": dim}
+        constants |= dict.fromkeys(("query_scale", "q_norm", "k_norm"))
+        yield Entry(
+            "rotation", shape, "bf16 cache", (model,), "triton_rope", "rope_kernel",
+            types, constants, 1, capability, ("slot_stride",),
+        )  # fmt: skip
+
+
+def sampling() -> Iterator[Entry]:
+    from riverinfer.kernels import triton_sampling as made
+
+    types = {
+        "logits": "*fp32", "path": "*i32", "temperature": "*fp64", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp64",
+        "seed": "*i64", "position": "*i32", "token": "*i64", "logprob": "*fp32", "confidence": "*fp32",
+        "counters": "*i32", "plan": "*i64", "statistics": "*fp32", "packed": "*i64", "sums": "*fp32", "races": "*fp64",
+        "winners": "*i32", "masses": "*fp64", "kept": "*i32", "counts": "*i32", "coarse": "*i64", "fine": "*i64",
+    }  # fmt: skip
+    for vocab, capability in product((49152, 128256), (80, 90)):
+        shape = {"V": vocab, "VOCAB": vocab, "BLOCK": made.BLOCK, "PARTS": made._parts(vocab)}
+        passes: list[tuple[str, str, int, dict[str, Any]]] = [
+            ("statistics", "statistics_kernel", made._WARPS, {"SAMPLED": True}),
+            ("filter", "filter_kernel", made._FILTER_WARPS, {"PASS": 1}),
+            ("race", "race_kernel", made._WARPS, {}),
+        ]
+        for name, function, warps, constants in passes:
+            yield Entry(
+                f"choice, {name}", f"{vocab} tokens", "", tuple(m for m, s in MODELS.items() if s.vocab == vocab),
+                "triton_sampling", function, types, {**shape, **constants}, warps, capability,
+            )  # fmt: skip
+
+
 def entries() -> list[Entry]:
-    """Everything in the table. Kernels of other modules: yield their ``Entry`` from a function like ``matrices``."""
-    return merged(matrices())
+    """Everything in the table."""
+    return merged(chain(matrices(), attention(), sampling()))
 
 
 def merged(found: Iterable[Entry]) -> list[Entry]:
