@@ -487,6 +487,25 @@ def check_arguments(
     return out
 
 
+def _tiles(tokens: int, n: int, config: Config, silu: bool) -> tuple[int, int]:
+    """Blocks of tokens, and of rows."""
+    rows, block = (n // 2, config.block_n // 2) if silu else (n, config.block_n)
+    return triton.cdiv(tokens, COLUMNS), triton.cdiv(rows, block)
+
+
+def workspace_for(tokens: int, n: int, config: Config, *, silu: bool, parts: int, gated: bool) -> tuple[int, int]:
+    """Floats and counters of the workspace that a launch needs; the arguments are those of ``launch_shape``."""
+    blocks, tiles = _tiles(tokens, n, config, silu)
+    counters = floats = 0
+    if config.split > 1:
+        counters = parts * blocks * tiles
+        floats = counters * config.split * (config.block_n + 1) * COLUMNS
+    if gated:
+        counters += blocks
+        floats += blocks * tiles * SUMS * COLUMNS
+    return floats, counters
+
+
 def launch_shape(
     tokens: int,
     n: int,
@@ -501,16 +520,9 @@ def launch_shape(
 
     Those of the gate come last. Raises InvalidRequestError.
     """
-    rows, block = (n // 2, config.block_n // 2) if silu else (n, config.block_n)
     # Neighbours in the first dimension read the same weights, at nearly the same time.
-    grid = (triton.cdiv(tokens, COLUMNS), triton.cdiv(rows, block), config.split)
-    counters = floats = 0
-    if config.split > 1:
-        counters = parts * grid[0] * grid[1]
-        floats = counters * config.split * (config.block_n + 1) * COLUMNS
-    if gated:
-        counters += grid[0]
-        floats += grid[0] * grid[1] * SUMS * COLUMNS
+    grid = (*_tiles(tokens, n, config, silu), config.split)
+    floats, counters = workspace_for(tokens, n, config, silu=silu, parts=parts, gated=gated)
     if not counters:
         return grid, None, None
     workspace = workspace or Workspace(device, floats, counters)

@@ -39,7 +39,7 @@ def best(shape: Shape, timer: Timer) -> Config:
     """The candidate with the least sum of both kinds' times, each relative to its fastest."""
     timed: list[tuple[Config, tuple[float, float]]] = []
     for config in candidates(*shape):
-        with suppress(RuntimeError):  # more shared memory than there is
+        with suppress(RuntimeError):  # more memory, of the chip or of a multiprocessor, than there is
             timed.append((config, timer(shape, config)))
     if not timed:
         return config_for(*shape)
@@ -120,14 +120,15 @@ class DeviceTimer:
         return self._time(x, self._dense, config), self._time(x, self._packed, config)
 
     def _make(self, shape: Shape) -> None:
-        n, k = self._shape = shape
-        self._dense, self._packed = [], []
+        n, k = shape
+        self._shape, self._dense, self._packed = None, [], []
         for _ in range(min(64, _ROTATED // (2 * n * k) + 2)):
             self._dense.append(torch.randn(n, k, device=self._device).bfloat16())
         scale = torch.rand(n, k // self._group, device=self._device).bfloat16()
         for _ in range(min(64, 2 * _ROTATED // (n * k) + 2)):
             q = torch.randint(-(2**15), 2**15, (n, k // 4), device=self._device, dtype=torch.int16)
             self._packed.append(packed_weights(q, scale, -scale, bits=4, group=self._group))
+        self._shape = shape
 
     def _time(self, x: Tensor, weights: list[Tensor] | list[PackedWeights], config: Config) -> float:
         out = torch.empty(1, self._shape[0], device=self._device, dtype=torch.bfloat16)  # type: ignore[index]

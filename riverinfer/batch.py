@@ -51,7 +51,8 @@ def generate_batch(
                 for member in active:
                     if len(member.sequence.tokens) - member.sequence.exact >= river.repair:
                         engine._repair(member.sequence, member.generation)
-            if engine.decoder is not None and together is None and _alike(active):
+            decoder = engine.decoder
+            if decoder is not None and len(active) <= decoder.most and together is None and _alike(active):
                 _step_on_device(engine, active)
                 continue
             before = undefined_steps(together)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from riverinfer.engine import Engine
 
 AHEAD = 2  # steps on their way while the host reads: one that runs, one that waits for it
-_RING = 64  # steps whose record is kept: more than all threads together have on their way
+_RING = 64  # steps whose record the device keeps
 
 
 class Moment:
@@ -59,7 +59,7 @@ class DeviceDecoder:
 
     def __init__(self, walk: DeviceWalk, vocab_size: int) -> None:
         """``vocab_size``: ids from here on (padding rows of the head) are never chosen."""
-        device = walk.model.device
+        device, self.most = walk.model.device, MAX_ROWS
         self.walk, self.vocab_size, self.device = walk, vocab_size, device
         self.params, self._sampling = SamplingState(MAX_ROWS, device), SamplingWorkspace(device, vocab_size)
         self.greedy = True  # the rows that are placed: a step then needs fewer launches
@@ -69,6 +69,7 @@ class DeviceDecoder:
         self.logprob = torch.zeros(MAX_ROWS, dtype=torch.float32, device=device)
         self.confidence = torch.zeros(MAX_ROWS, dtype=torch.float32, device=device)
         self._rings: dict[int, _Ring] = {}  # by number of sequences
+        self._path = ""  # of the members that are placed
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +130,7 @@ class DeviceDecoder:
             generation.require_room()
             generation.resume()
             if not flight and sequence.crosses_regime(1):
-                # All that is cached is computed again.
+                # All that is cached is computed again, and the row on the device is not the last token any more.
                 logits = engine.extend(sequence, generation.context[-1:], gate=gate, trace=trace)
                 yield generation.step(generation.choose(logits[0]), trace)
                 continue
@@ -152,12 +153,11 @@ class DeviceDecoder:
                 trace.depth = passed
             yield generation.step(Sampled(int(record[0]), record[1]), trace)
 
-    @torch.inference_mode()
     def prepare(self, path: str) -> None:
         """Make single steps of this path ready. Nothing is placed, and no cache touched."""
         self.walk.owner = None
         self.walk.state.live.zero_()
-        self._replay(StepKind(path, 1, 1))
+        self._replay(StepKind(path, 1, 1))  # of idle rows: it does not count
 
     def step_together(
         self, owner: object, members: Sequence[tuple[TokenSequence, Generation]], gate: Gate | None
@@ -167,9 +167,10 @@ class DeviceDecoder:
         ``owner`` differs for other members, or another order of them. Each sequence has room, all have the same regime,
         and none crosses it. The engine's lock is held.
         """
-        path = self.walk.set_gate(gate)
         if self.walk.owner != owner:
             self.place(owner, members)
+            self._path = self.walk.set_gate(gate)
+        path = self._path
         ends = []
         for sequence, _ in members:
             ends.append(len(sequence.tokens) + 1)
@@ -193,6 +194,7 @@ class DeviceDecoder:
         ring = self._rings.get(kind.sequences)
         if ring is None:
             ring = self._rings[kind.sequences] = _Ring(self, kind.sequences)
+        ring.make_room()
         self.walk.replay(("step", kind, self.greedy), lambda: self._launch_step(kind, ring))
         return ring
 
@@ -216,22 +218,34 @@ class _Ring:
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.copy = decoder.on_host(self.records)
         self._queued = 0  # the host's ``count``
+        self._tickets: dict[int, _Ticket] = {}  # by entry, the last step that has its record there
+
+    def make_room(self) -> None:
+        """Before a step is queued: what it will overwrite, and nobody has read yet, is kept in its ticket."""
+        old = self._tickets.pop(self._queued % _RING, None)
+        if old is not None:
+            old.read()
 
     def ticket(self) -> _Ticket:
         """For the step that was just queued."""
+        entry = self._queued % _RING
         self._queued += 1
-        return _Ticket(self, (self._queued - 1) % _RING, Moment(self.device))
+        ticket = self._tickets[entry] = _Ticket(self, entry, Moment(self.device))
+        return ticket
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ticket:
     """A step on its way."""
 
     ring: _Ring
     entry: int
     done: Moment
+    record: list[list[float]] | None = None
 
     def read(self) -> list[list[float]]:
         """Its record, a list of token, logprob, depth, undefined for each row; waits until it is there."""
-        self.done.wait()
-        return self.ring.copy[self.entry].tolist()
+        if self.record is None:
+            self.done.wait()
+            self.record = self.ring.copy[self.entry].tolist()
+        return self.record

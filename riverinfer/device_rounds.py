@@ -61,14 +61,12 @@ class RoundLaunches:
         self._verify(StepKind("backbone", 1, rows, regime))
         return began, drafted, Moment(device)
 
-    @torch.inference_mode()
     def prepare_drafts(self) -> None:
         """Make draft steps ready. Nothing is placed, and no cache touched."""
         self.decoder.walk.owner = None
         self.decoder.walk.state.live.zero_()
         self._draft(StepKind("river", 1, 1))
 
-    @torch.inference_mode()
     def prepare_verify(self, rows: int) -> None:
         """Make verifications of so many rows ready. Before anything is cached: position 0 of slot 0 is written."""
         self.decoder.walk.owner = None

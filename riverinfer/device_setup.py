@@ -12,7 +12,7 @@ from riverinfer.cache_dir import cache_dir
 from riverinfer.config import ModelConfig
 from riverinfer.device_decode import DeviceDecoder
 from riverinfer.device_rounds import RoundLaunches
-from riverinfer.device_walk import ROWS, DeviceWalk
+from riverinfer.device_walk import ROWS, DeviceWalk, kernels_take
 from riverinfer.kernels.triton_tuning import DeviceTimer, prepare
 from riverinfer.kv_arena import KVArena
 from riverinfer.progress import Progress
@@ -36,9 +36,17 @@ def tune_kernels(config: ModelConfig, device: torch.device, progress: Progress |
 
 
 def decode_on_device(engine: Engine, arena: KVArena, progress: Progress | None = None) -> None:
-    """Let ``engine`` decode with fused kernels; on a GPU the graphs that its mode needs are captured here."""
+    """Let ``engine`` decode with fused kernels; on a GPU the graphs that its mode needs are captured here.
+
+    A model whose shapes they do not take stays with torch.
+    """
     model = engine.model
+    if not kernels_take(model):
+        return
     model.device_walk = walk = DeviceWalk(model, arena)
+    rope = model.config.rope
+    if rope.rope_type == "dynamic" and arena.ctx_size > rope.max_position_embeddings:
+        return  # frequencies that change with every token: steps follow each other on the host
     engine.decoder = DeviceDecoder(walk, engine.tokenizer.vocab_size)
     engine.rounds = RoundLaunches(engine.decoder)
     if model.device.type != "cuda":

@@ -18,20 +18,23 @@ import torch
 from torch import Tensor
 
 from riverinfer.gates import FixedDepth, Gate, SimilarityGate
-from riverinfer.kernels.linear import Linear, PlainLinear
+from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear
 from riverinfer.kernels.quantized_linear import TritonPackedLinear
 from riverinfer.kernels.triton_attention import decode_attention, workspace_size
 from riverinfer.kernels.triton_dual_linear import BACKBONE, FINISHED, RIVER, dual_linear
-from riverinfer.kernels.triton_gate import DeviceGate
-from riverinfer.kernels.triton_linear import PackedWeights, Workspace, linear
+from riverinfer.kernels.triton_gate import DeviceGate, thresholds
+from riverinfer.kernels.triton_linear import PackedWeights, Workspace, config_for, linear, workspace_for
 from riverinfer.kernels.triton_rope import rope_and_store
+from riverinfer.kernels.triton_sampling import MAX_VOCAB
 from riverinfer.kernels.triton_step import begin
 from riverinfer.kv_arena import KVArena, SlotCache
 from riverinfer.model import DecoderLayer, Model
 from riverinfer.river_head import RiverHead
 from riverinfer.rope import query_scale
 from riverinfer.trace import Trace
+from riverinfer.weights_convert.river_artifact import linear_shapes
 
+_NAMES = ("qkv", "o", "gate_up", "down")
 ROWS = (1, 2, 4, 8, 16)  # a step of another number takes the next larger one
 MAX_ROWS = ROWS[-1]
 
@@ -104,11 +107,41 @@ class _Matrix:
     river_norm: Tensor | None = None
 
 
+def kernels_take(model: Model) -> bool:
+    """Whether the kernels take all shapes of a model, and its river, if there is one, is packed for them."""
+    config = model.config
+    if (
+        config.head_dim % 8
+        or config.head_dim > 256
+        or config.vocab_size > MAX_VOCAB
+        or config.num_heads % config.num_kv_heads
+    ):
+        return False
+    linears = [getattr(layer, name) for layer in model.layers for name in _NAMES]
+    packed = all(isinstance(getattr(layer, name), TritonPackedLinear) for layer in model.river for name in _NAMES)
+    head = model.river_head is None or isinstance(getattr(model.river_head, "linear", None), TritonPackedLinear)
+    plain = all(isinstance(each, (PlainLinear, AbsentLinear)) and each.in_features % 8 == 0 for each in linears)
+    aligned = all(each.weight.data_ptr() % 16 == 0 for each in (*linears, model.head) if isinstance(each, PlainLinear))
+    return packed and head and plain and aligned and isinstance(model.head, PlainLinear)
+
+
+def _matrix_workspace(model: Model) -> tuple[int, int]:
+    """Floats and counters that any step of the model's matrices needs."""
+    shapes = {(name, *shape) for name, shape in linear_shapes(model.config).items()}
+    shapes.add(("head", model.config.vocab_size, model.config.hidden_size))
+    sizes = [
+        workspace_for(MAX_ROWS, n, config_for(n, k), silu=name == "gate_up", parts=2, gated=True)
+        for name, n, k in shapes
+    ]
+    floats, counters = (max(each) for each in zip(*sizes, strict=True))
+    return floats, counters
+
+
 class DeviceWalk:
     """Steps of one model on one arena. Not thread-safe: callers hold the engine's lock."""
 
     def __init__(self, model: Model, arena: KVArena, *, graphs: bool = True) -> None:
-        """``graphs``: capture steps, on a GPU. Raises InvalidRequestError for shapes that the kernels do not take."""
+        """``graphs``: capture steps, on a GPU. The model is one that ``kernels_take``."""
         self.model, self.block = model, arena.block
         self.state = StepState(model, MAX_ROWS)
         self._graphs = graphs and model.device.type == "cuda"
@@ -116,7 +149,7 @@ class DeviceWalk:
         self.owner: object = None  # whose tokens are placed: another's step takes the place
         self._pool: Any = None
         self._ready: dict[object, Callable[[], None]] = {}
-        self._workspace = Workspace(model.device)
+        self._workspace = Workspace(model.device, *_matrix_workspace(model))
         self._attention = self._attention_workspace()
         self._scale: Tensor | None = None
         if model.config.query_scaling is not None:
@@ -157,7 +190,10 @@ class DeviceWalk:
     @property
     def nbytes(self) -> int:
         """Bytes of what steps compute in; weights and cache are others'."""
-        return held_bytes(self.state, self._workspace, self._attention) + sum(x.nbytes for x in self.state.states)
+        scale = 0 if self._scale is None else self._scale.nbytes
+        return (
+            scale + held_bytes(self.state, self._workspace, self._attention) + sum(x.nbytes for x in self.state.states)
+        )
 
     def _attention_workspace(self) -> Workspace:
         config, length = self.model.config, self.block.shape[4]
@@ -210,8 +246,7 @@ class DeviceWalk:
         elif isinstance(gate, SimilarityGate):
             least, most = gate.min_depth, layers + 1 if gate.max_depth is None else gate.max_depth
             taus = [gate.tau] if isinstance(gate.tau, (int, float)) else list(gate.tau)
-        taus = (taus + taus[-1:] * layers)[:layers]
-        self.state.tau.copy_(torch.tensor(taus, dtype=torch.float32))
+        self.state.tau.copy_(thresholds(taus, layers))
         self.state.limits.copy_(torch.tensor([min(least, layers + 1), min(most, layers + 1)], dtype=torch.int32))
         if most <= 0:
             return "river"
@@ -222,10 +257,12 @@ class DeviceWalk:
         self.replay(kind, lambda: self.launch(kind))
         return self.states_after(kind)
 
+    @torch.inference_mode()
     def replay(self, key: object, launch: Callable[[], None]) -> None:
         """``launch``, from its graph if there are graphs. ``key`` says which one it is, for ever.
 
-        Before it is captured it runs once to compile, with all rows idle: nothing but scratch memory may change.
+        Before it is captured it runs once to compile, with all rows idle unless it places them itself: what it does
+        then, the replay that follows does again.
         """
         ready = self._ready.get(key)
         if ready is None:
@@ -235,6 +272,18 @@ class DeviceWalk:
     def _capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         live = self.state.live.clone()
         self.state.live.zero_()
+        try:
+            return self._captured(launch)
+        except BaseException:
+            # Launches that did not finish leave counters that later ones would trust.
+            self.owner = None
+            for workspace in (self._workspace, self._attention):
+                workspace.reset()
+            raise
+        finally:
+            self.state.live.copy_(live)
+
+    def _captured(self, launch: Callable[[], None]) -> Callable[[], None]:
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(stream):
@@ -242,9 +291,9 @@ class DeviceWalk:
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()  # replays follow each other: one serves all
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may wait for their own events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             launch()
-        self.state.live.copy_(live)
         return graph.replay
 
     @torch.inference_mode()
@@ -264,7 +313,12 @@ class DeviceWalk:
             return
         assert isinstance(river.linear, TritonPackedLinear)
         packed, rows = river.linear.packed, kind.rows
-        common: dict[str, Any] = {"norm": model.final_norm, "eps": model.config.rms_norm_eps, "out": out}
+        common: dict[str, Any] = {
+            "bias": model.head.bias,
+            "norm": model.final_norm,
+            "eps": model.config.rms_norm_eps,
+            "out": out,
+        }
         left = None
         if kind.path == "river":
             linear(h, packed, **common, workspace=self._workspace)
@@ -281,6 +335,14 @@ class DeviceWalk:
             h, self._head_weight, bias=model.head.bias, norm=model.final_norm, eps=model.config.rms_norm_eps, out=out,
             workspace=self._workspace,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Wait for what is queued, and let go of weights, cache and graphs; no step may follow."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self._ready.clear()
+        self._matrices.clear()
+        del self.block, self._head_weight
 
     def states_after(self, kind: StepKind) -> Tensor:
         """Where a step of this kind leaves its states: float32 [R, H]."""

@@ -33,6 +33,7 @@ from riverinfer.model import Model
 from riverinfer.outputs import Output, Step
 from riverinfer.progress import Progress
 from riverinfer.river import RiverOptions
+from riverinfer.river_choice import MEASURED_POSITIONS
 from riverinfer.river_loading import RiverRequest, load_river, river_bytes
 from riverinfer.sampling import SamplingParams, check_integer
 from riverinfer.sequence import SlotPool, TokenSequence, closed_error, extend_batch
@@ -119,7 +120,7 @@ class Engine:
         mode: "exact", the checkpoint's own computation, a token a step. "lossless", the same tokens sooner: the river
             drafts, the backbone verifies. "river": tokens leave the backbone early and finish in the river, which is a
             quantized copy of its layers, made on first use and kept in the cache folder. It is small and fast where a
-            packed kernel reads it: on a CPU in bfloat16. Elsewhere it is dequantized for now.
+            packed kernel reads it: in bfloat16. Elsewhere it is dequantized.
         tau, min_depth, max_depth, gate, prefill, prefill_depth, repair: river mode, see ``RiverOptions``.
         backbone_layers: in river mode, load only so many layers of the backbone; every token leaves there at the
             latest, prompts too, and other modes are refused. None loads all.
@@ -192,7 +193,7 @@ class Engine:
             mode, candidates = "exact", []
         arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
         model = load_model(checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress)
-        model.rope.reserve(positions)
+        model.rope.reserve(max(positions, MEASURED_POSITIONS))
         fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
         if fused:
             from riverinfer.device_setup import decode_on_device, tune_kernels
@@ -202,7 +203,14 @@ class Engine:
         if candidates:
             needed = mode == "river" or request.named
             chosen = load_river(
-                model, tokenizer, checkpoint, candidates, head=river_head, progress=progress, optional=not needed
+                model,
+                tokenizer,
+                checkpoint,
+                candidates,
+                head=river_head,
+                progress=progress,
+                optional=not needed,
+                fused=fused,
             )
         model.script()
         engine = cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
@@ -220,6 +228,8 @@ class Engine:
     def close(self) -> None:
         """Give the memory back. Waits for a running step; later calls raise EngineClosedError."""
         with self._step_lock:
+            if self.model.device_walk is not None:
+                self.model.device_walk.close()
             self._arena = self.decoder = self.rounds = self.model.device_walk = None
             self.slots.close()
             self.model.layers.clear()
@@ -426,9 +436,14 @@ class Engine:
         trace: Trace | None = None,
     ) -> Tensor:
         """``sequence.extend`` under the engine's lock: steps of several threads queue."""
-        with self._step_lock:
-            self._require_open()
+        with self.stepping():
+            self._forget_placed()
             return sequence.extend(ids, all_logits=all_logits, gate=gate, trace=trace)
+
+    def _forget_placed(self) -> None:
+        """A sequence grows by the host's hand: what rows on the device stood for may be its past."""
+        if self.model.device_walk is not None:
+            self.model.device_walk.owner = None
 
     def draft(
         self, sequence: TokenSequence, token: int, ahead: int, *, gate: Gate | None, trace: Trace | None = None
@@ -442,8 +457,8 @@ class Engine:
         self, sequences: Sequence[TokenSequence], ids: Sequence[int], *, gates: Sequence[Gate], traces: Sequence[Trace]
     ) -> Tensor:
         """One token more for each sequence, as ``decode.decode_batch``: float32 logits [B, vocab]."""
-        with self._step_lock:
-            self._require_open()
+        with self.stepping():
+            self._forget_placed()
             return extend_batch(sequences, ids, gates=gates, traces=traces)
 
     def run(

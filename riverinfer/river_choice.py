@@ -28,13 +28,13 @@ from riverinfer.decode import decode_one, prefill
 from riverinfer.draft_policy import MAX_DRAFT
 from riverinfer.errors import ConversionError, RiverinferError, RiverinferWarning, WeightsError
 from riverinfer.gates import always
-from riverinfer.kernels.linear import triton_runs
 from riverinfer.kv_arena import KVArena
 from riverinfer.model import Model
 from riverinfer.progress import Progress
 from riverinfer.tokenizer import Tokenizer
 from riverinfer.weights_convert.river_artifact import RiverSettings, list_rivers, open_river, river_path
 
+MEASURED_POSITIONS = 256  # what a measurement needs of the rotary tables
 _SAMPLES, _TOKENS, _DRAFT = 3, 24, 8
 _ENTRIES = 8  # kept for a model: other numbers of threads, devices, candidates
 _VERSION = 2
@@ -61,14 +61,16 @@ def choose_settings(
     attach: Callable[[RiverSettings], None],
     *,
     progress: Progress | None = None,
+    fused: bool = False,
 ) -> RiverSettings:
     """The fastest of ``candidates``, attached. Measured unless a choice made on this machine still holds.
 
+    fused: steps will be those of a GPU's kernels.
     One that cannot be made is passed over with a warning. If none can, raises what ``attach`` raised for the first of
     them: ConversionError or WeightsError.
     """
     path = choice_path(checkpoint, candidates[0])
-    conditions = _conditions(model, candidates)
+    conditions = _conditions(model, candidates, fused)
     digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
     stored = _read(path).get(digest, {})
     known = {str(settings): settings for settings in candidates}
@@ -80,7 +82,7 @@ def choose_settings(
                 return chosen
     figures: dict[str, dict[str, float]] = {}
     failed: dict[RiverSettings, RiverinferError] = {}
-    measure = _Measure(model, tokenizer)
+    measure = _Measure(model, tokenizer, fused)
     for number, settings in enumerate(candidates):
         try:
             attach(settings)
@@ -135,9 +137,11 @@ def _is_measured(figures: Any) -> bool:
 class _Measure:
     """Acceptance and costs of the river that is attached, on a few tokens of exact text."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
-        self._model = model
-        self._arena = KVArena(model.config, slots=1, ctx_size=256, dtype=model.dtype, device=model.device)
+    def __init__(self, model: Model, tokenizer: Tokenizer, fused: bool) -> None:
+        self._model, self._fused = model, fused
+        self._arena = KVArena(
+            model.config, slots=1, ctx_size=MEASURED_POSITIONS, dtype=model.dtype, device=model.device
+        )
         self._kv = self._arena.slot(0)
         self._texts: list[tuple[list[int], int]] = []  # ids, where the model's own begin
         with self._as_it_will_run():
@@ -147,10 +151,10 @@ class _Measure:
     def _as_it_will_run(self) -> Iterator[None]:
         """On a GPU by its kernels' steps: torch's launches would take longer than what they launch."""
         model = self._model
-        if model.dtype == torch.bfloat16 and triton_runs(model.device.type):
-            from riverinfer.device_walk import DeviceWalk
+        if self._fused:
+            from riverinfer.device_walk import DeviceWalk, kernels_take
 
-            model.device_walk = DeviceWalk(model, self._arena)
+            model.device_walk = DeviceWalk(model, self._arena) if kernels_take(model) else None
         try:
             yield
         finally:
@@ -219,16 +223,19 @@ def _typical(seconds: list[float]) -> float:
     return statistics.quantiles(seconds, n=4)[0]
 
 
-def _conditions(model: Model, candidates: list[RiverSettings]) -> dict[str, Any]:
+def _conditions(model: Model, candidates: list[RiverSettings], fused: bool) -> dict[str, Any]:
     """What a choice depends on, beside the weights."""
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    device = str(model.device)
+    if model.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(model.device)}, {'fused' if fused else 'torch'}"
     return {
         "candidates": [str(settings) for settings in candidates],
         "cpu": cpu,
-        "device": str(model.device),
+        "device": device,
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

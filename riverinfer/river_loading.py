@@ -112,10 +112,12 @@ def load_river(
     head: str,
     progress: Progress | None = None,
     optional: bool = False,
+    fused: bool = False,
 ) -> RiverSettings | None:
     """Give ``model`` its river, made if there is none; of several candidates the one that drafts fastest.
 
-    Raises what ``find_river`` raises. An ``optional`` one that cannot be made or kept is done without, with a warning.
+    fused: steps will be those of a GPU's kernels. Raises what ``find_river`` raises. An ``optional`` one that cannot be
+    made or kept is done without, with a warning.
     """
     calibrated = partial(calibrate, model, tokenizer)
 
@@ -129,7 +131,7 @@ def load_river(
         if len(candidates) == 1:
             attach(candidates[0])
             return candidates[0]
-        return choose_settings(model, tokenizer, checkpoint, candidates, attach, progress=progress)
+        return choose_settings(model, tokenizer, checkpoint, candidates, attach, progress=progress, fused=fused)
     except (ConversionError, WeightsError) as exc:
         if not optional:
             raise

@@ -361,6 +361,77 @@ def interpreted_side_by_side_each_says_what_it_says_alone(tmp_path: Path) -> Non
             same(got, want)
 
 
+def interpreted_a_stream_that_rests_finds_its_step_again(short: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though others have overwritten the device's record of it meanwhile."""
+    monkeypatch.setattr("riverinfer.device_decode._RING", 3)
+    monkeypatch.setattr(short.decoder, "_rings", {})
+    monkeypatch.setattr(short.model.device_walk, "_ready", {})
+    want = short.generate(PROMPT, PARAMS, mode="exact").token_ids
+    stream = short.stream(PROMPT, PARAMS, mode="exact")
+    told = [next(stream).token_id for _ in range(3)]
+    short.generate([9, 8, 7], PARAMS, mode="exact")
+    assert told + [step.token_id for step in stream] == want
+
+
+def interpreted_steps_made_ready_at_the_start(short: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change nothing, and leave tensors that later steps, of other kinds, may write to."""
+    decoder, rounds = short.decoder, short.rounds
+    assert decoder is not None
+    assert rounds is not None
+    monkeypatch.setattr(decoder, "_rings", {})
+    monkeypatch.setattr(decoder.walk, "_ready", {})
+    decoder.prepare("backbone")
+    rounds.prepare_drafts()
+    rounds.prepare_verify(4)
+    force(monkeypatch, [("river", 3)])
+    params = replace(PARAMS, temperature=1.0, max_tokens=4)
+    same(short.generate(PROMPT, params), short.generate(PROMPT, params, mode="exact"))
+
+
+def interpreted_more_sequences_than_a_step_has_rows(tmp_path: Path) -> None:
+    params = replace(PARAMS, max_tokens=2)
+    with load(two_layers("llama", tmp_path / "model"), mode="exact", river_bits=None, max_sequences=17) as engine:
+        want = engine.generate(PROMPT[:3], params)
+        for got in engine.generate_batch([PROMPT[:3]] * 17, params):
+            assert got.token_ids == want.token_ids
+
+
+def interpreted_across_the_border_of_long_frequencies(tmp_path: Path) -> None:
+    """All that is cached is computed again there, by torch, and the device goes on behind it."""
+    prompt = [5 + i * 7 % 200 for i in range(62)]
+    with load(two_layers("phi3", tmp_path / "model"), mode="exact", river_bits=None, river_group=None) as engine:
+        assert engine.model.rope.regime(64) != engine.model.rope.regime(65)
+        got = engine.generate(prompt, PARAMS)
+        with in_torch(engine):
+            want = engine.generate(prompt, PARAMS)
+        assert got.token_ids == want.token_ids
+        assert got.logprobs == pytest.approx(want.logprobs, abs=0.1)
+        batched = engine.generate_batch([prompt, prompt], PARAMS)
+        assert [each.token_ids for each in batched] == [want.token_ids] * 2
+
+
+def interpreted_frequencies_that_change_with_every_token(tmp_path: Path) -> None:
+    """Dynamic NTK beyond its length: torch's steps, and K rotated as they do it."""
+    folder = two_layers("llama", tmp_path / "model")
+    edit_json(
+        folder / "config.json", max_position_embeddings=24, rope_theta=10000.0, rope_parameters=...,
+        rope_scaling={"rope_type": "dynamic", "factor": 4.0},
+    )  # fmt: skip
+    with load(folder, mode="exact", river_bits=None, ctx_size=64) as engine:
+        assert engine.ctx_size > 24
+        got = engine.generate(PROMPT, PARAMS)
+        with in_torch(engine):
+            want = engine.generate(PROMPT, PARAMS)
+        assert got.token_ids == want.token_ids
+
+
+def interpreted_a_river_that_is_not_packed(tmp_path: Path) -> None:
+    """Torch takes models whose matrices the kernels do not."""
+    with load("qwen2", mode="river", river_bits=8, river_group=0, river_method="rtn") as engine:
+        assert engine.model.device_walk is None
+        assert engine.generate(PROMPT, replace(PARAMS, max_tokens=2)).exit_depths
+
+
 def interpreted_offloaded() -> None:
     """A backbone of which only two layers are loaded."""
     with load("llama", mode="river", backbone_layers=2) as engine:

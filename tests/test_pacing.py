@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -289,20 +291,33 @@ def test_what_the_screen_raises_reaches_the_caller(error: Exception) -> None:
         screen.pacer.push("c")  # without a thread
 
 
-def test_an_interrupted_end_can_be_ended_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Screen()
-    screen.at(0, "a")
-    screen.at(4, "b", "c", "d")
+def test_an_interrupted_end_can_be_ended_again() -> None:
+    """Ctrl-C while the screen hangs: nothing is lost, and nothing comes after the end."""
+    shown, go_on, hangs = list[str](), threading.Event(), threading.Event()
+    now = [0.0]
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    def write(text: str) -> None:
+        if threading.current_thread().name == "pacer":
+            hangs.set()
+            assert go_on.wait(PATIENCE)
+        shown.append(text)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "join", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            screen.pacer.finish()
-    screen.finish()
-    assert "".join(text for _, text in screen.shown) == "abcd"
+    pacer = Pacer(write, clock=lambda: now[0])
+    for at, texts in ((0.0, "a"), (4.0, "bcd")):
+        now[0] = at
+        for text in texts:
+            pacer.push(text)
+
+    now[0] = 9.0
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        timer.start()
+        pacer.finish()
+    assert hangs.is_set()
+    assert "".join(shown) == "ab"
+    go_on.set()
+    pacer.finish()
+    assert "".join(shown) == "abcd"
 
 
 # --- where ------------------------------------------------------------------------------------------------------

@@ -82,7 +82,14 @@ class _Chat:
                 self._edited = None
                 self.terminal.note("Ctrl-D or /exit leaves; Ctrl-C stops an answer")
                 continue
-            self.turn(line)
+            try:
+                self.turn(line)
+            except KeyboardInterrupt:
+                # Outside an answer, or once more while one was being ended.
+                if not self.terminal.interactive:
+                    raise
+                self.terminal.end_answer()
+                self.terminal.note("stopped")
 
     def turn(self, line: str) -> None:
         """One input: a message or a command. Whatever goes wrong with it is said, and the chat goes on."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 _APART = 0.05  # seconds between pieces from which on they are of two bursts
@@ -38,6 +39,7 @@ class Pacer:
         # No lock is shared with the thread: an interrupt could leave it held.
         self._queue: SimpleQueue[_Piece | None] = SimpleQueue() if queue is None else queue
         self._thread: threading.Thread | None = None
+        self._over, self._woken = False, SimpleQueue[None]()  # whether the thread has ended, and a bell for it
         self._error: BaseException | None = None
         self._rounds: deque[float] = deque(maxlen=_ROUNDS)  # seconds from one burst to the next
         self._began = self._came = self._due = float("-inf")  # this burst, the last piece, the next burst
@@ -59,15 +61,19 @@ class Pacer:
             if begins or now >= self._due:
                 self._write(text)
                 return
+            self._over = False
             self._thread = threading.Thread(target=self._run, args=(self._began,), name="pacer", daemon=True)
             self._thread.start()
         self._queue.put((text, begins, self._due))
 
     def finish(self) -> None:
         """Show at once all that is left, and end the thread. Call it again if it was interrupted."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._thread is not None:
             self._queue.put(None)
-            self._thread.join()
+            # Not ``join``: one that is interrupted takes a thread for ended that still writes (Python before 3.13).
+            while not self._over:
+                with suppress(Empty):
+                    self._woken.get(timeout=0.05)
         self._thread = None
         self._raise()
 
@@ -105,3 +111,6 @@ class Pacer:
                     return
         except BaseException as exc:
             self._error = exc
+        finally:
+            self._over = True
+            self._woken.put(None)
