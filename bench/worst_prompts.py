@@ -5,7 +5,7 @@
 exact, lossless, exact, lossless, ... on each prompt; what the draft policy knows is forgotten before each answer, as
 if it were the process's first, so that its trials count fully. Hot texts are sampled at temperature 1.5: nearly nothing
 in them can be foreseen. "worst" is the least speedup of any prompt, by the median over its pairs. ``--save`` writes
-bench/results/worst-prompts-cpu.json.
+bench/results/worst-prompts-RIVER-cpu.json.
 """
 
 from __future__ import annotations
@@ -77,11 +77,16 @@ def main() -> None:
     table = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         found = [float(row["speedup"]) for row in rows if row["kind"] == kind]  # type: ignore[arg-type]
-        table.append([str(kind), str(len(found)), f"{statistics.median(found):.2f}", f"{min(found):.2f}"])
+        pairs = [ratio for row in rows if row["kind"] == kind for ratio in row["ratios"]]  # type: ignore[attr-defined]
+        figures = (statistics.median(found), min(found), min(pairs))
+        table.append([str(kind), str(len(found)), *(f"{figure:.2f}" for figure in figures)])
     print(f"\n{engine.river_settings}, {args.tokens} tokens, {args.runs} pairs a prompt, every token id equal\n")
-    print_table(["kind", "prompts", "x exact, median", "worst"], table)
+    print_table(["kind", "prompts", "x exact, median", "worst prompt", "worst pair"], table)
     if args.save:
-        save("worst-prompts-cpu.json", {"river": str(engine.river_settings), "tokens": args.tokens, "prompts": rows})
+        save(
+            f"worst-prompts-{engine.river_settings}-cpu.json",
+            {"river": str(engine.river_settings), "tokens": args.tokens, "prompts": rows},
+        )
 
 
 if __name__ == "__main__":

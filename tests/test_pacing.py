@@ -309,9 +309,8 @@ def test_an_interrupted_end_can_be_ended_again() -> None:
             pacer.push(text)
 
     now[0] = 9.0
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        timer.start()
         pacer.finish()
     assert hangs.is_set()
     assert "".join(shown) == "ab"

@@ -61,7 +61,7 @@ def _build(args: argparse.Namespace) -> int:
         f"bits per weight  {8 * river.nbytes / weights:.2f} (scales and offsets included, {weights / 1e6:.1f}M weights)"
     )
     if not named:
-        print("lossless mode drafts in it; riverinfer river info shows what was measured")
+        print(f"lossless mode drafts in it; riverinfer river info {checkpoint.model_dir} shows what was measured")
     return 0
 
 
@@ -159,8 +159,10 @@ def _print_choice(checkpoint: Checkpoint) -> None:
     if choice is None:
         return
     told = {name: str(choice.conditions.get(name)).removeprefix("torch.") for name in ("threads", "dtype", "device")}
+    method = choice.settings.rsplit("-", 1)[-1]
+    asked = "" if method == "hqq" else f" if asked for --river-method {method}"
     print(
-        f"lossless mode drafts in {choice.settings}; expected speed over exact mode, measured on this machine with"
+        f"lossless mode drafts in {choice.settings}{asked}; expected speed over exact mode, measured on this machine with"
         f" {told['threads']} thread{'' if told['threads'] == '1' else 's'}, {told['dtype']} on {told['device']}:"
     )
     for name, values in choice.figures.items():
