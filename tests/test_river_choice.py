@@ -55,7 +55,7 @@ class Measured:
         speeds = self
 
         class Measure:
-            def __init__(self, model: Model, tokenizer: object) -> None:
+            def __init__(self, model: Model, tokenizer: object, fused: bool) -> None:
                 self._model = model
 
             def __call__(self) -> dict[str, float]:

@@ -161,9 +161,10 @@ def _print_choice(checkpoint: Checkpoint) -> None:
     told = {name: str(choice.conditions.get(name)).removeprefix("torch.") for name in ("threads", "dtype", "device")}
     method = choice.settings.rsplit("-", 1)[-1]
     asked = "" if method == "hqq" else f" if asked for --river-method {method}"
+    threads = f"{told['threads']} thread{'' if told['threads'] == '1' else 's'}"
     print(
-        f"lossless mode drafts in {choice.settings}{asked}; expected speed over exact mode, measured on this machine with"
-        f" {told['threads']} thread{'' if told['threads'] == '1' else 's'}, {told['dtype']} on {told['device']}:"
+        f"lossless mode drafts in {choice.settings}{asked}; expected speed over exact mode, measured on this machine"
+        f" with {threads}, {told['dtype']} on {told['device']}:"
     )
     for name, values in choice.figures.items():
         print(
