@@ -7,6 +7,7 @@ On a CPU, oneDNN multiplies from a blocked copy of the weights: for bfloat16 at 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
@@ -92,6 +93,11 @@ def triton_runs(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
     return device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, on which Triton launches; of no effect for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from riverinfer.kernels.linear import Linear, make_linear, triton_runs
+from riverinfer.kernels.linear import Linear, current, make_linear, triton_runs
 
 _KERNEL_GROUPS = (128, 64, 32)
 _ROWS = 4096  # packed at once: a multiple of the rows that the packed form keeps together, at most 64
@@ -96,7 +96,8 @@ class TritonPackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) <= self._few:
-            return self._linear(x.contiguous(), self.packed, bias=self.bias)
+            with current(x.device):
+                return self._linear(x.contiguous(), self.packed, bias=self.bias)
         return F.linear(x, self.packed.dequantize().to(x.dtype), self.bias)
 
 

@@ -13,6 +13,7 @@ from riverinfer.config import ModelConfig
 from riverinfer.device_decode import DeviceDecoder
 from riverinfer.device_rounds import RoundLaunches
 from riverinfer.device_walk import ROWS, DeviceWalk, kernels_take
+from riverinfer.kernels.linear import current
 from riverinfer.kernels.triton_tuning import DeviceTimer, prepare
 from riverinfer.kv_arena import KVArena
 from riverinfer.progress import Progress
@@ -32,7 +33,8 @@ def tune_kernels(config: ModelConfig, device: torch.device, progress: Progress |
     shapes = [*linear_shapes(config).values(), (config.vocab_size, config.hidden_size)]
     usual = [shape for shape in shapes if shape[1] % 64 == 0]
     name = torch.cuda.get_device_name(device)
-    prepare(usual, name, cache_dir() / "kernels", DeviceTimer(device, 64), progress=progress)
+    with current(device):
+        prepare(usual, name, cache_dir() / "kernels", DeviceTimer(device, 64), progress=progress)
 
 
 def decode_on_device(engine: Engine, arena: KVArena, progress: Progress | None = None) -> None:

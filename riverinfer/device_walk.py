@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from riverinfer.gates import FixedDepth, Gate, SimilarityGate
-from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear
+from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear, current
 from riverinfer.kernels.quantized_linear import TritonPackedLinear
 from riverinfer.kernels.triton_attention import decode_attention, workspace_size
 from riverinfer.kernels.triton_dual_linear import BACKBONE, FINISHED, RIVER, dual_linear
@@ -264,10 +264,11 @@ class DeviceWalk:
         Before it is captured it runs once to compile, with all rows idle unless it places them itself: what it does
         then, the replay that follows does again.
         """
-        ready = self._ready.get(key)
-        if ready is None:
-            ready = self._ready[key] = self._capture(launch) if self._graphs else launch
-        ready()
+        with current(self.model.device):
+            ready = self._ready.get(key)
+            if ready is None:
+                ready = self._ready[key] = self._capture(launch) if self._graphs else launch
+            ready()
 
     def _capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         live = self.state.live.clone()
@@ -300,7 +301,8 @@ class DeviceWalk:
     def logits(self, h: Tensor) -> Tensor:
         """The exact head: states float32 [T, H], T at most ``max_rows``, to float32 logits [T, vocab]."""
         out = torch.empty(len(h), self.model.config.vocab_size, dtype=torch.float32, device=h.device)
-        self._head(h.contiguous(), out)
+        with current(self.model.device):
+            self._head(h.contiguous(), out)
         return out
 
     def launch_head(self, kind: StepKind, out: Tensor) -> None:

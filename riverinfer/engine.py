@@ -27,7 +27,7 @@ from riverinfer.kernels.linear import triton_runs
 from riverinfer.kv_arena import KVArena
 from riverinfer.loader import load_model, resolve_device, resolve_dtype
 from riverinfer.lossless import LosslessRounds
-from riverinfer.memory import gib, require_memory
+from riverinfer.memory import explain_out_of_memory, gib, require_memory
 from riverinfer.memory_report import MemoryReport, memory_report
 from riverinfer.model import Model
 from riverinfer.outputs import Output, Step
@@ -191,33 +191,37 @@ class Engine:
                 stacklevel=2,
             )
             mode, candidates = "exact", []
-        arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
-        model = load_model(checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress)
-        model.rope.reserve(max(positions, MEASURED_POSITIONS))
-        fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
-        if fused:
-            from riverinfer.device_setup import decode_on_device, tune_kernels
-
-            tune_kernels(config, place, progress)
-        chosen = None
-        if candidates:
-            needed = mode == "river" or request.named
-            chosen = load_river(
-                model,
-                tokenizer,
-                checkpoint,
-                candidates,
-                head=river_head,
-                progress=progress,
-                optional=not needed,
-                fused=fused,
+        cache = max_sequences * positions * config.kv_bytes_per_token(kind.itemsize)
+        with explain_out_of_memory(place, weights=backbone + river, cache=cache):
+            arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
+            model = load_model(
+                checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress
             )
-        model.script()
-        engine = cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
-        engine.river_settings = chosen
-        if fused:
-            decode_on_device(engine, arena, progress)
-        return engine
+            model.rope.reserve(max(positions, MEASURED_POSITIONS))
+            fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
+            if fused:
+                from riverinfer.device_setup import decode_on_device, tune_kernels
+
+                tune_kernels(config, place, progress)
+            chosen = None
+            if candidates:
+                needed = mode == "river" or request.named
+                chosen = load_river(
+                    model,
+                    tokenizer,
+                    checkpoint,
+                    candidates,
+                    head=river_head,
+                    progress=progress,
+                    optional=not needed,
+                    fused=fused,
+                )
+            model.script()
+            engine = cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
+            engine.river_settings = chosen
+            if fused:
+                decode_on_device(engine, arena, progress)
+            return engine
 
     def __enter__(self) -> Engine:
         return self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +30,19 @@ def require_memory(device: torch.device, *, weights: int, slots: int, ctx_size: 
         f" positions ({gib(cache)}) need {gib(weights + cache)} on {device}, {gib(available)} are available",
         remedy=hint,
     )
+
+
+@contextmanager
+def explain_out_of_memory(device: torch.device, *, weights: int, cache: int) -> Iterator[None]:
+    """Raise EngineMemoryError, with the sum that was counted on, where the allocator gives up all the same."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise EngineMemoryError(
+            f"{device} ran out of memory: weights and river ({gib(weights)}), the KV cache ({gib(cache)}) and what"
+            " steps compute in need more than is free",
+            remedy="lower --ctx-size (ctx_size) or max_sequences, or load less of the backbone (--backbone-layers)",
+        ) from exc
 
 
 def available_memory(device: torch.device) -> int | None:

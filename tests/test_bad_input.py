@@ -405,3 +405,15 @@ def test_a_folder_with_a_broken_link_or_no_rights_is_still_a_typed_error(tmp_pat
     (folder / WEIGHTS).symlink_to(tmp_path / "gone")
     with pytest.raises(errors.RiverinferError, match=r"model\.safetensors"):
         Engine.load(folder)
+
+
+def test_an_allocator_that_gives_up_is_told_with_the_sum_and_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("riverinfer.engine.load_model", full)
+    said = r"^cpu ran out of memory: weights and river \(.*iB\), the KV cache"
+    with pytest.raises(errors.EngineMemoryError, match=said) as told:
+        Engine.load(ROOT / "llama", mode="exact", device="cpu", ctx_size=64)
+    assert "--ctx-size" in str(told.value)
+    assert "--backbone-layers" in str(told.value)
