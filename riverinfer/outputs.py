@@ -108,7 +108,9 @@ class DraftStats:
         """Every figure by name; tables as lists of {from (or position, depth), accepted, judged}."""
 
         def rows(table: dict[int, list[int]], name: str, scale: float = 1) -> list[dict[str, float]]:
-            return [{name: round(key * scale, 1), "accepted": yes, "judged": n} for key, (yes, n) in sorted(table.items())]
+            return [
+                {name: round(key * scale, 1), "accepted": yes, "judged": n} for key, (yes, n) in sorted(table.items())
+            ]
 
         return {
             "rounds": self.rounds,
