@@ -197,8 +197,9 @@ class Engine:
             model = load_model(
                 checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress
             )
-            model.rope.reserve(max(positions, MEASURED_POSITIONS))
             fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
+            # Kernels read whole tables, also those of a measurement.
+            model.rope.reserve(max(positions, MEASURED_POSITIONS) if fused else positions)
             if fused:
                 from riverinfer.device_setup import decode_on_device, tune_kernels
 

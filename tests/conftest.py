@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from golden_models import ROOT, Golden
+from triton_process import PART
 
 from riverinfer import Engine
 from riverinfer.cache_dir import cache_dir
 from riverinfer.demo import demo_model
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Only a part of the tests, where another process has the rest (``triton_process.collect``)."""
+    if part := os.environ.get(PART):
+        number, count = map(int, part.split("/"))
+        items[:] = items[number::count]
 
 
 @pytest.fixture(scope="session", autouse=True)
