@@ -91,7 +91,8 @@ def triton_runs(device_type: str) -> bool:
     if find_spec("triton") is None:
         return False
     if device_type == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+        nvidia = torch.version.hip is None and torch.cuda.is_available()
+        return nvidia and torch.cuda.get_device_capability() >= (8, 0)
     return device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
