@@ -108,7 +108,8 @@ class LosslessRounds:
         logits = self._engine.extend(self._sequence, ids, all_logits=True)  # [g + 1, vocab]
         seconds = time.perf_counter() - between
         self._engine.costs.note_verify(len(drafts), seconds)
-        choices = (generation.choose(row) for row in logits)  # one by one: each may depend on the one before
+        # One by one: each may depend on the one before. No generator: an interrupt while one is thrown away is lost.
+        choices = map(generation.choose, logits)
         return Round(source, drafts, match, choices, between - began, seconds)
 
     def _room(self) -> int:
