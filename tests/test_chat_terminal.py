@@ -27,6 +27,7 @@ class Screen:
         environment["PROMPT_TOOLKIT_NO_CPR"] = "1"
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a shell's background, and then by what it starts
             os.execvpe(command[0], command, environment)
         self._fresh = ""
         self.greeting = self.wait_for("Ctrl-D leaves")

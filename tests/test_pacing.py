@@ -291,6 +291,15 @@ def test_what_the_screen_raises_reaches_the_caller(error: Exception) -> None:
         screen.pacer.push("c")  # without a thread
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Also where the tests run in a shell's background, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_end_can_be_ended_again() -> None:
     """Ctrl-C while the screen hangs: nothing is lost, and nothing comes after the end."""
     shown, go_on, hangs = list[str](), threading.Event(), threading.Event()
