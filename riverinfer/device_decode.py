@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from riverinfer.device_walk import MAX_ROWS, ROWS, DeviceWalk, StepKind, gate_is_known, held_bytes
+from riverinfer.device_walk import MAX_ROWS, ROWS, DeviceWalk, StepKind, held_bytes
 from riverinfer.gates import Gate, SimilarityGate
 from riverinfer.generation import Generation
 from riverinfer.kernels.triton_sampling import SamplingState, SamplingWorkspace, sample
@@ -75,10 +75,6 @@ class DeviceDecoder:
     def nbytes(self) -> int:
         """Bytes on the device, those of the walk included."""
         return self.walk.nbytes + held_bytes(self, self.params, self._sampling, *self._rings.values())
-
-    def knows(self, gate: Gate | None) -> bool:
-        """Whether steps under this gate can be taken here."""
-        return gate_is_known(gate)
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """Room for a copy of ``tensor`` that the device writes by itself."""

@@ -516,7 +516,7 @@ class Engine:
         trace = None if river is None else Trace(similarities=[] if similarities else None)
         logits = self.read_prompt(sequence, generation, river, trace)
         alone = not similarities and not (river and river.repair) and generation.params.alike_every_step
-        if self.decoder is not None and alone and self.decoder.knows(gate):
+        if self.decoder is not None and alone:
             yield generation.step(generation.choose(logits[0]), trace)
             yield from self.decoder.single_steps(self, sequence, generation, gate, trace)
             return

@@ -139,7 +139,7 @@ def test_never_much_slower_than_exact_and_near_the_best_fixed_length(spread: boo
     for cost in COSTS:
         for acceptance in ACCEPTANCE:
             speedups = []
-            for seed in range(5):
+            for seed in range(8):
                 machine = Machine(always(acceptance), cost, seed, spread)
                 if warm:
                     machine.generate(256)
@@ -169,7 +169,7 @@ def test_drafts_that_do_not_pay_as_they_promise_are_left() -> None:
 def test_a_bad_first_measurement_heals(kind: str, factor: float) -> None:
     for acceptance, cost in ((0.9, 0.4), (0.95, 0.6), (0.3, 0.6), (0.7, 1.0)):
         speedups = []
-        for seed in range(5):
+        for seed in range(8):
             machine = Machine(always(acceptance), cost, seed, slow={kind: [factor]})
             machine.generate(64)
             speedups.append(machine.generate(256).speedup)
