@@ -28,7 +28,7 @@ from riverinfer.kernels.triton_dual_linear import dual_linear
 from riverinfer.kernels.triton_gate import DeviceGate
 from riverinfer.kernels.triton_linear import PackedWeights, Workspace, linear
 from riverinfer.kernels.triton_rope import rope_and_store
-from riverinfer.kernels.triton_sampling import SamplingState, SamplingWorkspace, accept, sample
+from riverinfer.kernels.triton_sampling import SamplingState, SamplingWorkspace, sample
 from riverinfer.sampling import SamplingParams
 
 Kind = tuple[int, int]  # bits and group; 16, 0: bfloat16
@@ -92,7 +92,6 @@ def _jobs() -> Iterator[tuple[str, Check]]:
         yield f"{shape.name} rope", partial(check_rope, shape)
     if not DRY:
         yield f"{LLAMA_8B.name} attention, 64K", partial(check_attention, LLAMA_8B, 65536)
-    yield "accepted drafts", check_accept
     yield "flags in a graph", check_graph
 
 
@@ -408,14 +407,6 @@ def check_sampling(shape: Shape) -> str:
     for name in ("counters", "counts", "coarse", "fine"):
         require(not getattr(workspace, name).any(), f"{name} are not back at zero")
     return f"log-probabilities {apart:.1e} apart"
-
-
-def check_accept() -> str:
-    drafts = torch.randint(0, 2, (64, 15), device=DEVICE)
-    choices, count = torch.randint(0, 2, (64, 16), device=DEVICE), torch.randint(0, 16, (64,), device=DEVICE).int()
-    for got, want in zip(accept(drafts, choices, count), reference.accept(drafts, choices, count), strict=True):
-        require(torch.equal(got, want), "other tokens were accepted")
-    return ""
 
 
 # --- whole steps ---

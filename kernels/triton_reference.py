@@ -127,15 +127,6 @@ def sample(logits: Tensor, state: SamplingState, position: Tensor, *, vocab_size
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device), logprob, confidence
 
 
-def accept(drafts: Tensor, choices: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``triton_sampling.accept`` writes. drafts int64 [B, n] or [n], choices [B, n + 1] or [n + 1], count [B]."""
-    n = drafts.shape[-1]
-    drafts, choices = drafts.view(-1, n), choices.view(-1, n + 1)
-    real = torch.arange(n, device=drafts.device) < count[:, None]
-    accepted = (real & (drafts == choices[:, :n])).int().cumprod(1).sum(1)
-    return accepted.int(), choices.gather(1, accepted[:, None]).squeeze(1)
-
-
 def rope_and_store(
     qkv: Tensor,
     position: Tensor,

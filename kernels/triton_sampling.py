@@ -344,18 +344,6 @@ def race_kernel(
         tl.store(confidence + row, tl.where(alone, 1.0 / sum_exp, (1.0 / mass).to(tl.float32)))
 
 
-@triton.jit
-def accept_kernel(drafts, choices, count, accepted, next_token, N: tl.constexpr, PADDED: tl.constexpr):
-    sequence = tl.program_id(0)
-    real = tl.minimum(tl.maximum(tl.load(count + sequence), 0), N)
-    i = tl.arange(0, PADDED)
-    draft = tl.load(drafts + sequence * N + i, mask=i < real, other=0)
-    choice = tl.load(choices + sequence * (N + 1) + i, mask=i < real, other=0)
-    agreed = tl.min(tl.where(draft == choice, real, i), 0)  # beyond the real ones, 0 and 0 agree
-    tl.store(accepted + sequence, agreed)
-    tl.store(next_token + sequence, tl.load(choices + sequence * (N + 1) + agreed))
-
-
 class SamplingState:
     """How rows choose, in tensors on their device that the kernels read anew with every launch.
 
@@ -504,43 +492,6 @@ def sample(
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return token, logprob, confidence
-
-
-def accept(
-    drafts: Tensor,
-    choices: Tensor,
-    count: Tensor,
-    *,
-    accepted: Tensor | None = None,
-    next_token: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """How many drafts the backbone confirms, and the token it chooses after them: (accepted, next_token).
-
-    drafts: int64 [n] or, for B sequences, [B, n], n >= 1. choices: int64 [n + 1] or [B, n + 1], the backbone's at the
-    place of each draft and after the last. count: int32 [1] or [B], how many drafts are real: 0 .. n, cut to that.
-    accepted: int32 [1] or [B], the length of the longest prefix of the real drafts that agrees with ``choices``.
-    next_token: int64 [1] or [B], ``choices[accepted]``. Both are written in place, new if None.
-
-    All contiguous, on one device, and starting at multiples of 16 bytes. One launch, no host synchronization. Raises
-    InvalidRequestError for other arguments.
-    """
-    _require(drafts.dim() in (1, 2) and drafts.numel() > 0, "drafts", f"has shape {list(drafts.shape)}")
-    *batch, n = drafts.shape
-    size, device = (batch[0] if batch else 1,), drafts.device
-    accepted = torch.empty(size, dtype=torch.int32, device=device) if accepted is None else accepted
-    next_token = torch.empty(size, dtype=torch.int64, device=device) if next_token is None else next_token
-    _check(
-        device,
-        ("drafts", drafts, (*batch, n), (torch.int64,)),
-        ("choices", choices, (*batch, n + 1), (torch.int64,)),
-        ("count", count, size, (torch.int32,)),
-        ("accepted", accepted, size, (torch.int32,)),
-        ("next_token", next_token, size, (torch.int64,)),
-    )
-    accept_kernel[size](
-        drafts, choices, count, accepted, next_token, N=n, PADDED=triton.next_power_of_2(n), num_warps=1
-    )  # fmt: skip
-    return accepted, next_token
 
 
 _Expected = tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]

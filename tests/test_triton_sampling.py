@@ -397,50 +397,14 @@ def interpreted_reset() -> None:
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-def interpreted_accept() -> None:
-    """All prefixes that agree, all numbers of real drafts, one sequence or several."""
-    from riverinfer.kernels import triton_reference
-    from riverinfer.kernels.triton_sampling import accept
-
-    for n in (1, 2, 5):
-        drafts = torch.arange(10, 10 + n)
-        for wrong, count in product(range(n + 1), range(n + 1)):
-            choices = torch.cat((drafts, torch.tensor([99])))
-            choices[wrong] = 77
-            if wrong + 1 < n:
-                choices[-1] = 55  # what comes after the first difference is of no effect
-            accepted, next_token = accept(drafts, choices, torch.tensor([count], dtype=torch.int32))
-            assert accepted.tolist() == [min(wrong, count)]
-            assert next_token.tolist() == [choices[min(wrong, count)].item()]
-            assert (accepted.dtype, next_token.dtype) == (torch.int32, torch.int64)
-    for count, cut in ((-3, 0), (9, 3)):
-        drafts = torch.arange(3)
-        accepted, next_token = accept(drafts, torch.arange(4), torch.tensor([count], dtype=torch.int32))
-        assert (accepted.tolist(), next_token.tolist()) == ([cut], [cut])
-    generator = torch.Generator().manual_seed(0)
-    drafts = torch.randint(0, 2, (40, 4), generator=generator)
-    same = torch.rand(40, 4, generator=generator) < 0.7
-    choices = torch.cat((torch.where(same, drafts, 7), torch.full((40, 1), 9)), 1)
-    counts = torch.randint(0, 5, (40,), generator=generator, dtype=torch.int32)
-    results = (torch.empty(40, dtype=torch.int32), torch.empty(40, dtype=torch.int64))
-    got = accept(drafts, choices, counts, accepted=results[0], next_token=results[1])
-    want = triton_reference.accept(drafts, choices, counts)
-    assert all(x is y for x, y in zip(got, results, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    assert set(got[0].tolist()) == {0, 1, 2, 3, 4}
-    alone = [triton_reference.accept(drafts[i], choices[i], counts[i : i + 1]) for i in range(40)]
-    assert torch.equal(torch.cat([tokens for _, tokens in alone]), got[1])
-
-
 def interpreted_errors() -> None:
     from riverinfer.errors import InvalidRequestError
-    from riverinfer.kernels.triton_sampling import SamplingState, SamplingWorkspace, accept
+    from riverinfer.kernels.triton_sampling import SamplingState, SamplingWorkspace
     from riverinfer.kernels.triton_sampling import sample as launch
 
     logits, position, made = random(2, 40), torch.arange(2), SamplingState(2, "cpu")
     wrong = SamplingState(2, "cpu")
     wrong.top_p = wrong.top_p.float()
-    drafts, choices, count = torch.arange(3), torch.arange(4), torch.ones(1, dtype=torch.int32)
 
     def call(rows: Tensor = logits, chosen: Any = made, at: Tensor = position, **options: Any) -> Callable[[], Any]:
         return lambda: launch(rows, chosen, at, **{"vocab_size": 40, **options})
@@ -470,13 +434,6 @@ def interpreted_errors() -> None:
         ("workspace", call(workspace=SamplingWorkspace("meta", 40, 2))),
         ("seed", lambda: made.set(params)),
         ("repetition_penalty", lambda: made.set(replace(params, seed=1, repetition_penalty=1.1))),
-        ("drafts", lambda: accept(drafts[:0], choices[:1], count)),
-        ("drafts", lambda: accept(drafts.int(), choices, count)),
-        ("choices", lambda: accept(drafts, choices[:3], count)),
-        ("count", lambda: accept(drafts, choices, count.long())),
-        ("count", lambda: accept(drafts[None].repeat(2, 1), choices[None].repeat(2, 1), count)),
-        ("accepted", lambda: accept(drafts, choices, count, accepted=torch.ones(1).long())),
-        ("next_token", lambda: accept(drafts, choices, count, next_token=count)),
     ]
     for field, case in cases:
         with pytest.raises(InvalidRequestError, match=f"^{field}: "):
@@ -532,11 +489,3 @@ def compiled_sampling(capability: int, vocab_size: int) -> None:
         atomics = [line for line in compiled.ptx.splitlines() if "atom." in line or "red.global" in line]
         assert atomics
         assert not any(".f32" in line or ".f64" in line for line in atomics)
-
-
-def compiled_accept() -> None:
-    from riverinfer.kernels.triton_sampling import accept_kernel
-
-    types = {"drafts": "*i64", "choices": "*i64", "count": "*i32", "accepted": "*i32", "next_token": "*i64"}
-    compiled = compile_kernel(accept_kernel, types, {"N": 5, "PADDED": 8}, warps=1)
-    assert not compiled.local
