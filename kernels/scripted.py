@@ -10,7 +10,7 @@ torch has no TorchScript, or a layer has a matrix this file does not know, the p
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -23,6 +23,16 @@ from riverinfer.kernels.quantized_linear import CpuInt4Linear, CpuNibblesLinear
 
 _PLAIN, _PACKED, _INT4, _NIBBLES = 0, 1, 2, 3
 _LINEARS = ("qkv", "o", "gate_up", "down")
+
+MARKS = ("norm", "qkv", "rope", "attention", "o", "norm", "gate_up", "silu", "down")  # of a layer, as they end
+
+Marked = Callable[[int, int], None]  # (index in MARKS, layer)
+_listening: list[Marked] = []  # who hears of the script that runs
+
+
+@torch.jit.ignore
+def _mark(which: int, layer: int) -> None:
+    _listening[0](which, layer)
 
 
 def _multiply(x: Tensor, kind: int, weight: Tensor, scales: Tensor, group: int, bias: Optional[Tensor]) -> Tensor:
@@ -73,10 +83,16 @@ def _attend(q: Tensor, cache: Tensor, parts: list[list[int]], masks: list[Option
 
 
 class _Stack(torch.nn.Module):
-    """The weights of L layers as flat lists, four linears a layer in the order of ``_LINEARS``."""
+    """The weights of L layers as flat lists, four linears a layer in the order of ``_LINEARS``.
 
-    def __init__(self, layers: Sequence[Any], windows: Sequence[Optional[int]]) -> None:
+    ``timed``: tell of every operator's end (``MARKS``). A constant: without it the compiled script has no marks.
+    """
+
+    timed: torch.jit.Final[bool]
+
+    def __init__(self, layers: Sequence[Any], windows: Sequence[Optional[int]], timed: bool) -> None:
         super().__init__()
+        self.timed = timed
         first = layers[0]
         self.heads: int = first.num_heads
         self.kv_heads: int = first.num_kv_heads
@@ -118,7 +134,12 @@ class _Stack(torch.nn.Module):
         sin_all = torch.cat((sin.expand(-1, heads + kv_heads, -1), torch.zeros(still)), 1)
         for i in range(first, last):
             cache = caches[i - first]  # [2, Hkv, S, D]
-            x = self._linear(_norm(h, self.input_norm[i], self.eps, cache), 4 * i)
+            x = _norm(h, self.input_norm[i], self.eps, cache)
+            if self.timed:
+                _mark(0, i)
+            x = self._linear(x, 4 * i)
+            if self.timed:
+                _mark(1, i)
             x = x.view(tokens, heads + 2 * kv_heads, dim)  # [T, Hq + 2 Hkv, D]
             q_norm, k_norm = self.q_norm[i], self.k_norm[i]
             if q_norm is not None and k_norm is not None:
@@ -137,18 +158,35 @@ class _Stack(torch.nn.Module):
                 q = x[:, :heads]
             new = x[:, heads:].view(tokens, 2, kv_heads, dim).permute(1, 2, 0, 3)
             cache.narrow(2, start, tokens).copy_(new)
+            if self.timed:
+                _mark(2, i)
             which = self.window[i]
-            h = h + self._linear(_attend(q, cache, parts[which], masks[which]), 4 * i + 1)
-            gate, up = self._linear(_norm(h, self.post_norm[i], self.eps, cache), 4 * i + 2).chunk(2, 1)
-            h = h + self._linear(F.silu(gate).mul_(up), 4 * i + 3)
+            x = _attend(q, cache, parts[which], masks[which])
+            if self.timed:
+                _mark(3, i)
+            h = h + self._linear(x, 4 * i + 1)
+            if self.timed:
+                _mark(4, i)
+            x = _norm(h, self.post_norm[i], self.eps, cache)
+            if self.timed:
+                _mark(5, i)
+            gate, up = self._linear(x, 4 * i + 2).chunk(2, 1)
+            if self.timed:
+                _mark(6, i)
+            x = F.silu(gate).mul_(up)
+            if self.timed:
+                _mark(7, i)
+            h = h + self._linear(x, 4 * i + 3)
+            if self.timed:
+                _mark(8, i)
         return h
 
 
 class ScriptedLayers:
     """Layers first .. last - 1 of a stack in one call."""
 
-    def __init__(self, script: Any, windows: list[Optional[int]]) -> None:
-        self._script, self._windows = script, windows
+    def __init__(self, script: Any, windows: list[Optional[int]], marked: Optional[Marked] = None) -> None:
+        self._script, self._windows, self._marked = script, windows, marked
 
     def __call__(self, h: Tensor, first: int, last: int, step: Any, caches: list[Tensor]) -> Tensor:
         """h float32 [T, H] before layer ``first`` to the same after layer ``last - 1``.
@@ -156,6 +194,8 @@ class ScriptedLayers:
         ``step`` must have spans. ``caches``: per layer K and V together, [2, Hkv, S, D].
         """
         spans: list[list[Span]] = [step.spans[window] for window in self._windows]
+        if self._marked is not None:
+            _listening[:] = [self._marked]
         return self._script(
             h,
             first,
@@ -170,18 +210,21 @@ class ScriptedLayers:
         )
 
 
-def script_layers(layers: Sequence[Any]) -> Optional[ScriptedLayers]:
-    """A script of decoder layers on a CPU, or None where there can be none."""
+def script_layers(layers: Sequence[Any], marked: Optional[Marked] = None) -> Optional[ScriptedLayers]:
+    """A script of decoder layers on a CPU, or None where there can be none.
+
+    ``marked`` is called at the end of each operator; the results are the same bits.
+    """
     if not layers or any(_describe(getattr(layer, name)) is None for layer in layers for name in _LINEARS):
         return None
     windows = list(dict.fromkeys(layer.window for layer in layers))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; without it the plain layers run
-            script = torch.jit.script(_Stack(layers, windows))
+            script = torch.jit.script(_Stack(layers, windows, marked is not None))
     except (RuntimeError, OSError, AttributeError):
         return None
-    return ScriptedLayers(script, windows)
+    return ScriptedLayers(script, windows, marked)
 
 
 def _describe(linear: Linear) -> Any:

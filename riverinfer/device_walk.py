@@ -57,6 +57,13 @@ class StepKind:
         return self.sequences * self.rows_per_sequence
 
 
+@dataclass(frozen=True)
+class MarkedKind:
+    """The key of a step that was captured with marks."""
+
+    kind: StepKind
+
+
 class StepState:
     """Device tensors that steps read and leave. A step of R rows uses the first R of each.
 
@@ -147,6 +154,8 @@ class DeviceWalk:
         self._graphs = graphs and model.device.type == "cuda"
         self.max_rows = MAX_ROWS
         self.owner: object = None  # whose tokens are placed: another's step takes the place
+        # Told at each launch's end (operator, layer) while a step is launched, for profiles; captured with it.
+        self.marked: Callable[[str, int | None], None] | None = None
         self._pool: Any = None
         self._ready: dict[object, Callable[[], None]] = {}
         self._workspace = Workspace(model.device, *_matrix_workspace(model))
@@ -186,6 +195,11 @@ class DeviceWalk:
         if trace is not None:
             trace.depth = depth
         return h
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as graphs."""
+        return self._graphs
 
     @property
     def nbytes(self) -> int:
@@ -254,7 +268,7 @@ class DeviceWalk:
 
     def run(self, kind: StepKind) -> Tensor:
         """The step of the placed rows: their states after the last layer, float32 [R, H], good until the next step."""
-        self.replay(kind, lambda: self.launch(kind))
+        self.replay(kind if self.marked is None else MarkedKind(kind), lambda: self.launch(kind))
         return self.states_after(kind)
 
     @torch.inference_mode()
@@ -338,6 +352,10 @@ class DeviceWalk:
             workspace=self._workspace,
         )  # fmt: skip
 
+    def unmark(self) -> None:
+        """Let go of the steps that were captured with marks."""
+        self._ready = {key: ready for key, ready in self._ready.items() if not isinstance(key, MarkedKind)}
+
     def close(self) -> None:
         """Wait for what is queued, and let go of weights, cache and graphs; no step may follow."""
         if self.model.device.type == "cuda":
@@ -352,6 +370,7 @@ class DeviceWalk:
 
     def launch(self, kind: StepKind) -> None:
         """Embedding and all layers of a step. The same method as ``decode.walk``, a flag of each row for ``exited``."""
+        marked = self.marked or _unmarked
         model, config, rows = self.model, self.model.config, kind.rows
         state = self.state
         path, depth, undefined = state.path[:rows], state.depth[:rows], state.undefined[:rows]
@@ -365,25 +384,32 @@ class DeviceWalk:
             state.tokens[:rows], state.live[:rows], state.limits, table,
             h=h, path=path, depth=depth, undefined=undefined,
         )  # fmt: skip
+        marked("embed", None)
         cos, sin = model.rope.reserved(kind.regime)
         for i, (layer, matrices) in enumerate(zip(model.layers, self._matrices, strict=True)):
             self._multiply(kind, h, matrices["qkv"], out=qkv)
+            marked("qkv", i)
             rope_and_store(
                 qkv, position, slot, path,
                 cos if layer.use_rope else None, sin if layer.use_rope else None, self.block[i],
                 num_heads=heads, num_kv_heads=config.num_kv_heads, head_dim=dim,
                 q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps, query_scale=self._scale, out=q,
             )  # fmt: skip
+            marked("rope", i)
             decode_attention(
                 q, self.block[i], position, slot, path,
                 rows_per_sequence=kind.rows_per_sequence, window=layer.window, out=mixed, workspace=self._attention,
             )  # fmt: skip
+            marked("attention", i)
             self._multiply(kind, mixed, matrices["o"], residual=h, out=mid)
+            marked("o", i)
             self._multiply(kind, mid, matrices["gate_up"], silu=True, out=act)
+            marked("gate_up", i)
             gate = None
             if kind.path == "gated":
                 gate = DeviceGate(h, i, state.tau, state.limits, depth, undefined)
             self._multiply(kind, act, matrices["down"], residual=mid, out=after, gate=gate)
+            marked("down", i)
             h, after = after, h
 
     def _multiply(
@@ -402,6 +428,10 @@ class DeviceWalk:
         else:
             assert matrix.packed is not None
             linear(x, matrix.packed, norm=matrix.river_norm, **common)
+
+
+def _unmarked(_op: str, _layer: int | None) -> None:
+    """Nobody listens."""
 
 
 def _matrices(layer: DecoderLayer, river: DecoderLayer | None) -> dict[str, _Matrix]:

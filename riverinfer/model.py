@@ -80,7 +80,15 @@ class DecoderLayer:
 
     def _mix(self, qkv: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Write K and V of [T, (Hq + 2 Hkv) D] to the cache and attend: [T, Hq D]."""
-        heads, kv_heads, dtype = self.num_heads, self.num_kv_heads, k_cache.dtype
+        q = self._store(qkv, step, k_cache, v_cache)
+        if step.spans is not None:
+            return few_rows.attention(q, k_cache, v_cache, step.spans[self.window])
+        first, mask = step.masks[self.window]
+        return attention(q, k_cache[:, first : step.end], v_cache[:, first : step.end], mask)
+
+    def _store(self, qkv: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Norms, rotation, and K and V to the cache: queries [T, Hq, D] in the cache's dtype."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = qkv.view(-1, heads + 2 * kv_heads, self.head_dim)  # [T, Hq + 2 Hkv, D]
         qk = qkv[:, : heads + kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
@@ -93,10 +101,7 @@ class DecoderLayer:
             q = q * step.query_scale
         k_cache[:, step.start : step.end] = qk[:, heads:].transpose(0, 1)
         v_cache[:, step.start : step.end] = qkv[:, heads + kv_heads :].transpose(0, 1)
-        if step.spans is not None:
-            return few_rows.attention(q.to(dtype), k_cache, v_cache, step.spans[self.window])
-        first, mask = step.masks[self.window]
-        return attention(q.to(dtype), k_cache[:, first : step.end], v_cache[:, first : step.end], mask)
+        return q.to(k_cache.dtype)
 
 
 class Model:

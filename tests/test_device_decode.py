@@ -30,6 +30,7 @@ from riverinfer.kernels.linear import PlainLinear
 from riverinfer.kv_arena import KVArena
 from riverinfer.loader import load_model
 from riverinfer.model import Model
+from riverinfer.profiling.instrument import Instruments
 from riverinfer.river import RiverOptions
 from riverinfer.sequence import TokenSequence
 from riverinfer.trace import Trace
@@ -304,6 +305,31 @@ def interpreted_river_mode(llama: Engine) -> None:
     assert got.exit_depths[:3] == want.exit_depths
     assert got.token_ids[:3] == want.token_ids
     assert got.logprobs[:3] == pytest.approx(want.logprobs, abs=0.05)
+
+
+def interpreted_clocks_between_launches(llama: Engine) -> None:
+    """A profile's clocks change nothing, and find each launch of each layer, on the path that its row took."""
+    params, options = replace(PARAMS, max_tokens=3), RiverOptions(tau=0.6)
+    instruments, layers = Instruments(llama), len(llama.model.layers)
+    walk = llama.model.device_walk
+    assert walk is not None
+    for mode, river in (("exact", None), ("river", options)):
+        plain = llama.generate(PROMPT, params, mode=mode, river=river)
+        with instruments.attached() as watch:
+            watch.start()
+            timed = llama.generate(PROMPT, params, mode=mode, river=river)
+        assert timed.token_ids == plain.token_ids
+        assert timed.logprobs == pytest.approx(plain.logprobs, abs=1e-3)  # the host has the river's head otherwise
+        steps = [span for span in watch.recorder.spans() if span.phase == "step" and span.layer is not None]
+        assert [(s.layer, s.op) for s in steps] == [
+            (layer, op) for _ in range(2) for layer in range(layers)
+            for op in ("qkv", "rope", "attention", "o", "gate_up", "down")
+        ]  # fmt: skip
+        depths = plain.exit_depths[1:] or [layers] * 2
+        want = [path for d in depths for path in ["backbone"] * d + ["river"] * (layers - d)]
+        assert [span.path for span in steps if span.op == "qkv"] == want
+        assert walk.marked is None
+    instruments.close()
 
 
 def interpreted_what_is_queued_ahead_leaves_no_trace(short: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     _river_copy(_command(actions, "rm", "remove the copies in the cache, or those of one model"))
     _river_trace(_command(actions, "trace", "generate, up to 48 tokens without -n, and draw where they exit"))
 
+    _profile(
+        _command(commands, "profile", "measure latency, where a token's time goes, and how far from the limit it is")
+    )
+
     info = _command(commands, "info", "say what would be loaded, without loading it")
     _model(info)
     info.add_argument("--dtype", default="auto", help="as for chat")
@@ -150,6 +154,54 @@ def _river_trace(parser: argparse.ArgumentParser) -> None:
     _template(parser)
     _prompt(parser)
     parser.set_defaults(mode="river", max_tokens=48)
+
+
+def _profile(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    work = parser.add_argument_group("what is generated", "The built-in text goes on past any end of text.")
+    work.add_argument(
+        "--mode", metavar="LIST", help="of exact, river, lossless, with commas between (default: all that can run)"
+    )
+    work.add_argument("--prompt-len", type=int, default=128, metavar="N", help="tokens of prompt (default: 128)")
+    work.add_argument(
+        "-n", "--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: 128)"
+    )
+    work.add_argument(
+        "--context", type=int, default=0, metavar="N", help="tokens that are cached before the prompt (default: 0)"
+    )
+    work.add_argument("--batch", type=int, default=1, metavar="B", help="sequences side by side (default: 1)")
+    work.add_argument("--runs", type=int, default=5, metavar="N", help="measured runs of each mode (default: 5)")
+    work.add_argument("--warmup", type=int, default=1, metavar="N", help="runs before them (default: 1)")
+    work.add_argument(
+        "--temp", "--temperature", dest="temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy"
+    )
+    work.add_argument("-s", "--seed", type=int, default=0, metavar="N", help="of the first run; the next have the next")
+    depth = work.add_mutually_exclusive_group()
+    depth.add_argument("--tau", type=float, metavar="T", help="river mode: exit above this similarity (default: 0.5)")
+    depth.add_argument("--depth", type=int, metavar="N", help="river mode: every token exits after N layers")
+    runtime = parser.add_argument_group("runtime")
+    _place(runtime)
+    runtime.add_argument("--no-graph", action="store_true", help="on a GPU: walk layer by layer, no fused kernels")
+    runtime.add_argument("--river-bits", type=int, choices=(4, 8), help="as for chat")
+    runtime.add_argument("--river-group", type=int, metavar="G", help="as for chat")
+    runtime.add_argument("--river-method", choices=("hqq", "awq", "rtn"), default="hqq", help="as for chat")
+    runtime.add_argument("--river-head", choices=("quantized", "exact"), default="quantized", help="as for chat")
+    out = parser.add_argument_group("output", "Existing files are replaced.")
+    shown = out.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print the profile as JSON (README.md has the schema)")
+    shown.add_argument("--csv", action="store_true", help="print a line a figure")
+    shown.add_argument("--md", action="store_true", help="print markdown tables")
+    out.add_argument("--save", type=Path, metavar="FILE.json", help="write the JSON beside what is printed")
+    out.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with pictures (riverinfer[plots])")
+    out.add_argument("--trace", type=Path, metavar="FILE.json", help="write a trace for ui.perfetto.dev or Chrome")
+    out.add_argument("--nvtx", action="store_true", help="on a GPU: ranges for Nsight")
+    out.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; say what differs beyond noise between two saved profiles",
+    )
 
 
 def _model(parser: argparse.ArgumentParser) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from riverinfer.cli.output_file import output_path, write_whole
 from riverinfer.cli.setup import check_flags, given_prompt, load_engine, make_session, recommended, sampling_params
 from riverinfer.errors import ContextLengthError, InvalidRequestError
 
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     with load_engine(args) as engine:
         output, error = _generate(args, engine, prompt)
         facts = _facts(args, engine, output, prompt)
-    _write(path, _content(facts, path.suffix.lower()))
+    write_whole(path, _content(facts, path.suffix.lower()))
     depth, layers = facts["mean_exit_depth"], facts["layers"]
     print(f"{path}: {len(output.token_ids)} tokens, mean exit depth {depth:.1f} of {layers} layers, seed {output.seed}")
     if error is not None:
@@ -121,36 +120,9 @@ def _gate(facts: dict[str, Any]) -> str:
 
 def _output_path(path: Path) -> Path:
     """Where to write; refuses, before a model is loaded, what could not be drawn or written at the end."""
-    try:
-        path = path.expanduser()
-    except RuntimeError as exc:  # no such ~user
-        raise InvalidRequestError(str(exc), file=path, remedy="check the path") from exc
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InvalidRequestError(
-            f"cannot tell the format from {suffix!r}", file=path, remedy=f"name it {', '.join(SUFFIXES)}"
-        )
-    if path.is_dir():
-        raise InvalidRequestError("is a folder", file=path, remedy="give a file name")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        problem = "cannot be written to" if path.parent.exists() else "there is no such folder"
-        raise InvalidRequestError(problem, file=path.parent, remedy="choose another place")
-    if suffix != ".json":
+    path = output_path(path, SUFFIXES)
+    if path.suffix.lower() != ".json":
         from riverinfer.heat_map import require_matplotlib
 
         require_matplotlib()
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    except OSError as exc:
-        raise InvalidRequestError(
-            f"cannot be written ({exc.strerror})", file=path, remedy="choose another place"
-        ) from exc
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
