@@ -1,22 +1,23 @@
 """Decode speed of every mode and of the peers on this machine, side by side in one run, and where the time goes.
 
-    python bench/decode.py [MODEL_DIR] [--new-tokens 128] [--runs 5] [--threads 2] [--gguf FILE] [--save]
+    python bench/decode.py [MODEL_DIR] [--new-tokens 128] [--runs 5] [--threads 2] [--gguf FILE] [--openvino PYTHON]
+        [--save]
 
 Every run gives each prompt to each contender in turn, in an order that rotates from prompt to prompt and run to run,
 after one run that warms up. Prompts stand under the model's chat template, if it has one; all contenders get the same
 ids and write as many tokens as the exact text has up to its end, --new-tokens at most. The rate of a kind of prompts
 is all its tokens after the first over their seconds; prefill, and text processing before the first token, are not in
-it. Ratios are taken within a run; tables have medians over runs. ``transformers`` and llama.cpp take part where they
-are installed. ``--save`` writes bench/results/decode-cpu.json.
+it. Ratios are taken within a run; tables have medians over runs. ``transformers``, llama.cpp and OpenVINO take part
+where they are installed (bench/peers/). ``--save`` writes bench/results/decode-cpu.json and a figure.
 
 - All but the kind "sampled" is greedy. That kind is the worst for drafts: temperature 1.0 without filters, one seed.
 - lossless: "default" is the engine's own choice of a river, "lookup" drafts only what stands in the text already. What
   its draft policy has learnt stays from prompt to prompt, as in a chat; the warm-up run has taught it these prompts.
 - Comparable: transformers bfloat16 with riverinfer bfloat16, exact and lossless: the same weights, the same greedy text
   up to near ties. River mode writes another text, at the quality that bench/river.py measures.
-- Not comparable without more ado: llama.cpp. It computes in 4 bits with activations of 8 bits, on the GGUF's own grid,
-  and reads a third of the bytes of the bfloat16 backbone. "As built" it repacks weights, for AMX where the CPU has it.
-  It is greedy for the sampled prompts too.
+- Not comparable without more ado: llama.cpp and OpenVINO. They compute in 4 bits with activations of 8 bits, on the
+  GGUF's own grid, and read a third of the bytes of the bfloat16 backbone. "As built" llama.cpp repacks weights, for AMX
+  where the CPU has it; "no flash attention" is that too. Both are greedy for the sampled prompts too.
 - The demo's weights come from that 4-bit file, with groups of 32: a river of group 32 lies on nearly the same grid,
   agrees with the backbone more often than other models' rivers will, and flatters lossless mode. Hence the w4g64 rows.
 """
@@ -27,25 +28,34 @@ import argparse
 import os
 import statistics
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; holds for the peers too
 
-import torch
-from contenders import Contender, Request, Timed, demo_gguf, llama_cpp, ours, river_name, transformers_peer
-from decode_report import Equality, Record, compare_texts, lossless_rows, speed_rows, worst_prompt
-from harness import print_table, save
+from contenders import (
+    REFERENCE,
+    Contender,
+    Request,
+    add_arguments,
+    find_peers,
+    ours,
+    peer_contender,
+    river_name,
+    set_up,
+    versions,
+)
+from decode_report import Equality, Record, compare_texts, draw_speed, lossless_rows, speed_rows, worst_prompt
+from harness import figure, print_table, save, turn
 from prompts import KINDS, Prompt
 from step_costs import LINEARS, breakdown, cost_rows, step_costs
 
 from riverinfer import Engine, SamplingParams
-from riverinfer.demo import NAME, demo_model
-from riverinfer.errors import ChatTemplateError, DemoModelError
+from riverinfer.errors import ChatTemplateError
 from riverinfer.river import RiverOptions
 
 CTX_SIZE = 2048
-EXACT, REFERENCE = "exact bfloat16", "transformers bfloat16"
+EXACT = "exact bfloat16"
 
 
 def load_engines(folder: Path, group: int) -> dict[str, Engine]:
@@ -59,27 +69,17 @@ def load_engines(folder: Path, group: int) -> dict[str, Engine]:
     }
 
 
-def make_contenders(folder: Path, engines: dict[str, Engine], group: int, gguf: Path | None) -> dict[str, Contender]:
-    found: dict[str, Contender | None] = {}
-    for dtype in ("bfloat16", "float32"):
-        found[f"transformers {dtype}"] = transformers_peer(folder, getattr(torch, dtype))
-    if gguf is not None:
-        for name, extra_buffers in (("as built", True), ("no extra buffers", False)):
-            try:
-                peer = llama_cpp(gguf, torch.get_num_threads(), CTX_SIZE, extra_buffers=extra_buffers)
-            except RuntimeError as exc:
-                print(f"llama.cpp {name} is left out: {exc}\n", file=sys.stderr)
-                continue
-            found[f"llama.cpp, {name}"] = peer
+def own_contenders(engines: dict[str, Engine], group: int) -> dict[str, Contender]:
     river = f"w4g{group}"
-    found[EXACT] = ours(engines["default"], "exact")
-    found["exact float32"] = ours(engines["float32"], "exact")
-    found[f"river {river}, tau 0.5"] = ours(engines["river"], "river", RiverOptions(tau=0.5))
-    found[f"river {river}, always"] = ours(engines["river"], "river", RiverOptions(gate="always"))
-    found[f"lossless, default ({river_name(engines['default'])})"] = ours(engines["default"], "lossless")
-    found[f"lossless, {river}"] = ours(engines["river"], "lossless")
-    found["lossless, lookup"] = ours(engines["lookup"], "lossless")
-    return {name: contender for name, contender in found.items() if contender is not None}
+    return {
+        EXACT: ours(engines["default"], "exact"),
+        "exact float32": ours(engines["float32"], "exact"),
+        f"river {river}, tau 0.5": ours(engines["river"], "river", RiverOptions(tau=0.5)),
+        f"river {river}, always": ours(engines["river"], "river", RiverOptions(gate="always")),
+        f"lossless, default ({river_name(engines['default'])})": ours(engines["default"], "lossless"),
+        f"lossless, {river}": ours(engines["river"], "lossless"),
+        "lossless, lookup": ours(engines["lookup"], "lossless"),
+    }
 
 
 def takes_part(name: str, prompt: Prompt) -> bool:
@@ -105,28 +105,19 @@ def make_requests(engine: Engine, new_tokens: int) -> dict[Prompt, Request]:
 
 
 def measure(contenders: dict[str, Contender], requests: dict[Prompt, Request], runs: int) -> Record:
-    """By contender and prompt what each run, but the first, gave."""
+    """By contender and prompt what each run, but the first, gave.
+
+    A run goes through all prompts: what lossless mode learns from one it meets at the next, not at the same again.
+    """
     record: Record = {name: {} for name in contenders}
-    names = list(contenders)
     for run in range(-1, runs):
         for number, (prompt, request) in enumerate(requests.items()):
-            first = (run + number) % len(names)
-            for name in names[first:] + names[:first]:
-                if not takes_part(name, prompt):
-                    continue
-                timed: Timed = contenders[name](request)
+            calls = {name: partial(call, request) for name, call in contenders.items() if takes_part(name, prompt)}
+            for name, timed in turn(calls, run + number).items():
                 if run >= 0:
                     record[name].setdefault(prompt, []).append(timed)
         print(f"run {run + 1}/{runs}", end="\r", file=sys.stderr, flush=True)
     return record
-
-
-def installed(package: str) -> str | None:
-    """Its version, None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def print_breakdown(engine: Engine, parts: dict[str, float], scripted: float) -> None:
@@ -160,29 +151,17 @@ def print_equality(texts: dict[str, Equality]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model_dir", type=Path, nargs="?")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--group", type=int, default=64, help="of the 4-bit river that is not chosen (%(default)s)")
-    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp; the demo's own is known")
-    parser.add_argument("--save", action="store_true")
+    add_arguments(parser, runs=5)
+    parser.add_argument("--new-tokens", type=int, default=128, help="(%(default)s)")
     args = parser.parse_args()
     if args.new_tokens < 2:
         parser.error("--new-tokens must be at least 2")
-    torch.set_num_threads(args.threads)
-    folder = args.model_dir or demo_model()
-    packages = {package: installed(package) for package in ("transformers", "llama_cpp_python")}
-    gguf = args.gguf
-    if gguf is None and folder.name == NAME and packages["llama_cpp_python"]:
-        try:
-            gguf = demo_gguf()
-        except (DemoModelError, OSError) as exc:
-            print(f"llama.cpp is left out: {exc}\n", file=sys.stderr)
+    folder, gguf = set_up(args)
 
+    peers = find_peers(folder, gguf, CTX_SIZE, openvino=args.openvino)
     engines = load_engines(folder, args.group)
     default = engines["default"]
-    contenders = make_contenders(folder, engines, args.group, gguf)
+    contenders = {name: peer_contender(peer) for name, peer in peers.items()} | own_contenders(engines, args.group)
     requests = make_requests(default, args.new_tokens)
     record = measure(contenders, requests, args.runs)
 
@@ -226,9 +205,10 @@ def main() -> None:
             {"kind": prompt.kind, "prompt": prompt.name, "ids": len(request.ids), "new tokens": request.count}
             for prompt, request in requests.items()
         ]
-        settings = {"model": folder.name, "new tokens": args.new_tokens, "runs": args.runs, "packages": packages}
+        packages = versions(peers.values())
+        settings = {"model": folder.name, "new tokens": args.new_tokens, "runs": args.runs}
         result = {
-            "settings": {**settings, "gguf": gguf and gguf.name, "prompts": prompts},
+            "settings": {**settings, "packages": packages, "gguf": gguf and gguf.name, "prompts": prompts},
             "table": speed_rows(record, requests, EXACT, REFERENCE),
             "contenders": figures,
             "worst": {name: [prompt.kind, prompt.name, ratio] for name, (prompt, ratio) in worst.items()},
@@ -236,7 +216,8 @@ def main() -> None:
             "step_ms": {name: statistics.median(values) for name, values in costs.items()},
             "milliseconds": parts,
         }
-        save("decode-cpu.json", result)
+        save("decode-cpu.json", result, args.save)
+        figure("decode-cpu", draw_speed(record, requests), title=f"Decoding: {title}", folder=args.save)
     if not equal:
         sys.exit("lossless mode's greedy text is not exact mode's")
 

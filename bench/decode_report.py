@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contenders import Request, Timed
+from harness import color, median_interval
 from prompts import Prompt
 
 from riverinfer import Engine
 from riverinfer.sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = dict[str, dict[Prompt, list[Timed]]]  # by contender and prompt, a run each
 Rates = dict[str, list[float]]  # tokens/s by kind, a run each
@@ -54,6 +59,26 @@ def speed_rows(record: Record, requests: dict[Prompt, Request], exact: str, refe
             row.append("–")
         rows.append(row)
     return rows
+
+
+def draw_speed(record: Record, requests: dict[Prompt, Request]) -> Callable[[Axes], None]:
+    """Bars of tokens/s by kind and contender: medians over runs with 95 % intervals."""
+
+    def draw(axes: Axes) -> None:
+        kinds = list(dict.fromkeys(prompt.kind for prompt in requests))
+        width = 0.85 / len(record)
+        for number, (name, by_prompt) in enumerate(record.items()):
+            rates = rates_by_kind(by_prompt, requests)
+            places = [kinds.index(kind) + (number - (len(record) - 1) / 2) * width for kind in rates]
+            medians, lows, highs = zip(*map(median_interval, rates.values()), strict=True)
+            errors = [[a - b for a, b in zip(x, y, strict=True)] for x, y in ((medians, lows), (highs, medians))]
+            axes.bar(places, medians, width, yerr=errors, color=color(name), label=name, error_kw={"linewidth": 0.8})
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel("tokens/s (median, 95 % interval)")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return draw
 
 
 def lossless_rows(record: Record, requests: dict[Prompt, Request]) -> list[list[str]]:

@@ -256,3 +256,10 @@ def test_modes_take_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> No
     assert {tuple(measured[i : i + 3]) for i in range(3, 12, 3)} == {
         ("exact", "river", "lossless"), ("river", "lossless", "exact"), ("lossless", "exact", "river"),
     }  # fmt: skip
+
+
+def test_how_much_of_a_text_repeats_itself() -> None:
+    assert runner.repeated([1, 2, 3, 4, 5, 6]) == 0
+    assert runner.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert runner.repeated([7] * 23) == pytest.approx(19 / 20)
+    assert runner.repeated([1, 2]) == 0

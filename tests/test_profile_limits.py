@@ -18,8 +18,9 @@ from riverinfer import Engine
 from riverinfer.config import load_config
 from riverinfer.errors import EngineClosedError, InvalidRequestError
 from riverinfer.kernels.quantized_linear import quantized_bytes
-from riverinfer.profiling import limits
-from riverinfer.profiling.limits import probe, token_limit
+from riverinfer.profiling import probe as probing
+from riverinfer.profiling.limits import token_limit
+from riverinfer.profiling.probe import probe
 from riverinfer.profiling.result import Limit, Machine, Run
 from riverinfer.river_head import K_SHORTLIST, river_head_bytes
 
@@ -247,9 +248,9 @@ def test_runs_without_a_limit_are_refused(llama: Engine) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> int:
     """A probe in little memory and time: bytes of its buffer."""
     size = 2**22
-    monkeypatch.setattr(limits, "_LEAST", size)
-    monkeypatch.setattr(limits, "_MOST", size)
-    monkeypatch.setattr(limits, "_BUDGET_S", 0.0)
+    monkeypatch.setattr(probing, "_LEAST", size)
+    monkeypatch.setattr(probing, "_MOST", size)
+    monkeypatch.setattr(probing, "_BUDGET_S", 0.0)
     return size
 
 
@@ -265,10 +266,10 @@ def test_a_probe_finds_rates(small: int, dtype: torch.dtype) -> None:
 
 def test_rates_are_work_over_time(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count(0, 0.5)
-    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(probing, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     machine = probe(CPU, torch.float32)
     assert machine.bytes_per_s == small / 0.5
-    assert machine.operations_per_s == 2 * limits._TILE**3 / 0.5
+    assert machine.operations_per_s == 2 * probing._TILE**3 / 0.5
 
 
 def test_the_best_of_all_passes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,29 +280,29 @@ def test_the_best_of_all_passes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal now
         now += next(waits)
 
-    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(limits, "_BUDGET_S", 0.0)
-    assert limits._best_rate(CPU, [(60.0, work), (100.0, work)]) == 30.0
+    monkeypatch.setattr(probing, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(probing, "_BUDGET_S", 0.0)
+    assert probing._best_rate(CPU, [(60.0, work), (100.0, work)]) == 30.0
     assert list(waits) == [7.0] * 9  # two rounds of two calls each, whatever the budget
     now, waits = 0.0, iter([3.0, 3.0, 3.0, 3.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(limits, "_BUDGET_S", 13.0)
-    assert limits._best_rate(CPU, [(6.0, work)]) == 6.0  # a third round, as the budget lasts
+    monkeypatch.setattr(probing, "_BUDGET_S", 13.0)
+    assert probing._best_rate(CPU, [(6.0, work)]) == 6.0  # a third round, as the budget lasts
 
 
 def test_products_grow_while_they_are_short(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_MOST", 2**26)
-    monkeypatch.setattr(limits, "_LEAST", 2**26)
-    monkeypatch.setattr(limits, "_seconds", lambda *_: 0.0)
-    sizes = [limits._TILE, 2 * limits._TILE, 4 * limits._TILE]  # the next would not fit: three matrices of 64 MiB
-    assert [amount for amount, _ in limits._products(CPU, torch.float32)] == [2 * size**3 for size in sizes]
-    monkeypatch.setattr(limits, "_seconds", lambda *_: limits._LONGEST_S)
-    assert len(limits._products(CPU, torch.float32)) == 1
-    monkeypatch.setattr(limits, "available_memory", lambda _: 0)
-    assert len(limits._products(CPU, torch.float32)) == 1
+    monkeypatch.setattr(probing, "_MOST", 2**26)
+    monkeypatch.setattr(probing, "_LEAST", 2**26)
+    monkeypatch.setattr(probing, "_seconds", lambda *_: 0.0)
+    sizes = [probing._TILE, 2 * probing._TILE, 4 * probing._TILE]  # the next would not fit: three matrices of 64 MiB
+    assert [amount for amount, _ in probing._products(CPU, torch.float32)] == [2 * size**3 for size in sizes]
+    monkeypatch.setattr(probing, "_seconds", lambda *_: probing._LONGEST_S)
+    assert len(probing._products(CPU, torch.float32)) == 1
+    monkeypatch.setattr(probing, "available_memory", lambda _: 0)
+    assert len(probing._products(CPU, torch.float32)) == 1
 
 
 def test_reads_cover_the_buffer(small: int) -> None:
-    (_, largest), (_, dot), (_, rows), _ = works = limits._reads()
+    (_, largest), (_, dot), (_, rows), _ = works = probing._reads()
     assert {amount for amount, _ in works} == {small}
     elements = small // 4
     found: list[Any] = [largest(), dot(), rows()]
@@ -310,27 +311,27 @@ def test_reads_cover_the_buffer(small: int) -> None:
 
 def test_the_buffer_is_larger_than_caches_and_leaves_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, free = 2**27, 2**40
-    monkeypatch.setattr(limits, "_cache_bytes", lambda: cache)
-    monkeypatch.setattr(limits, "available_memory", lambda _: free)
-    assert limits._buffer_bytes(CPU) == 4 * cache
+    monkeypatch.setattr(probing, "_cache_bytes", lambda: cache)
+    monkeypatch.setattr(probing, "available_memory", lambda _: free)
+    assert probing._buffer_bytes(CPU) == 4 * cache
     cache = 0
-    assert limits._buffer_bytes(CPU) == limits._LEAST
+    assert probing._buffer_bytes(CPU) == probing._LEAST
     cache = 2**40
-    assert limits._buffer_bytes(CPU) == limits._MOST == 2**30
+    assert probing._buffer_bytes(CPU) == probing._MOST == 2**30
     free = 2**31
-    assert limits._buffer_bytes(CPU) == free // 8
+    assert probing._buffer_bytes(CPU) == free // 8
     free = None  # type: ignore[assignment]
-    assert limits._buffer_bytes(CPU) == limits._MOST
+    assert probing._buffer_bytes(CPU) == probing._MOST
 
 
 def test_last_level_caches_add_up_once_each(tmp_path: Path) -> None:
-    assert limits._cache_bytes(tmp_path) == 0
+    assert probing._cache_bytes(tmp_path) == 0
     for cpu, shared in enumerate(("0-1", "0-1", "2-3", "2-3")):
         for index, (level, cpus, size) in enumerate(((1, cpu, 48), (2, cpu, 2048), (3, shared, 32768))):
             folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
             folder.mkdir(parents=True)
             for name, value in (("level", level), ("shared_cpu_list", cpus), ("size", f"{size}K")):
                 (folder / name).write_text(f"{value}\n")
-    assert limits._cache_bytes(tmp_path) == 2 * 32768 * 1024
+    assert probing._cache_bytes(tmp_path) == 2 * 32768 * 1024
     (tmp_path / "cpu0" / "cache" / "index2" / "size").write_text("?\n")
-    assert limits._cache_bytes(tmp_path) == 0
+    assert probing._cache_bytes(tmp_path) == 0

@@ -12,6 +12,7 @@ from statistics import median
 import numpy as np
 import pytest
 
+from riverinfer.profiling.report import report_html
 from riverinfer.profiling.result import (
     METRICS,
     Breakdown,
@@ -262,3 +263,13 @@ def test_csv_has_every_figure_in_si() -> None:
     ]
     assert {row["layer"] for row in operators if row["name"] == "host"} == {""}
     assert {row["layer"] for row in operators if row["name"] == "qkv"} == {str(layer) for layer in range(LAYERS)}
+
+
+@pytest.mark.parametrize(("share", "noted"), [(0.0, False), (0.19, False), (0.5, True)])
+def test_a_text_that_repeats_itself_is_named(share: float, noted: bool) -> None:
+    profile = fake_profile()
+    mode = profile.modes["lossless"]
+    runs = tuple(replace(run, repeats=share) for run in mode.runs)
+    profile = replace(profile, modes={**profile.modes, "lossless": replace(mode, runs=runs)})
+    for shown in (terminal(profile), markdown(profile), report_html(profile, [])):
+        assert ("repeats itself" in shown.replace("\n", " ")) == noted

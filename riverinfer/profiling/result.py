@@ -18,6 +18,7 @@ from typing import Any
 from riverinfer.errors import InvalidRequestError
 
 SCHEMA = "riverinfer.profile/1"
+REPETITIVE = 0.2  # share of repeated 4-grams from which on lossless mode's figures need a word
 
 # Operators in the order of a step. On a GPU norms are part of the matrix that follows, sums and gate of the one before.
 OPERATORS = (
@@ -47,7 +48,7 @@ class Run:
     new_tokens, prompt_tokens: of all sequences. prompt_tokens without cached ones.
     exit_depths: in river mode, of each token. rounds, drafted, accepted, agreement, draft_s, verify_s: in lossless
     mode (``outputs.DraftStats``); agreement None where none was judged. river_drafted: those of drafted that the river
-    made; the others were looked up.
+    made; the others were looked up. repeats: share of the text's token 4-grams that stood in it before; 0 to 1.
     """
 
     ttft_s: float
@@ -64,6 +65,7 @@ class Run:
     agreement: float | None = None
     draft_s: float = 0.0
     verify_s: float = 0.0
+    repeats: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,18 @@ def _decode_rate(run: Run) -> float | None:
         return None
     sequences = run.new_tokens / (len(run.intervals_s) + 1)
     return len(run.intervals_s) * sequences / seconds
+
+
+def repetition_note(profile: Profile) -> str | None:
+    """What to know of lossless mode's figures where the text repeats itself, which makes drafts easy; else None."""
+    mode = profile.modes.get("lossless")
+    share = fmean(run.repeats for run in mode.runs) if mode is not None and mode.runs else 0.0
+    if share < REPETITIVE:
+        return None
+    return (
+        f"{share * 100:.0f} % of lossless mode's text repeats itself (4-grams), which makes it easy to draft:"
+        " --temp 1 writes another"
+    )
 
 
 def load_profile(path: Path) -> Profile:

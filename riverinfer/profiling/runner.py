@@ -13,7 +13,8 @@ from riverinfer.errors import InvalidRequestError
 from riverinfer.memory_report import measure
 from riverinfer.outputs import Output
 from riverinfer.profiling.instrument import Instruments, Watch
-from riverinfer.profiling.limits import probe, token_limit
+from riverinfer.profiling.limits import token_limit
+from riverinfer.profiling.probe import probe
 from riverinfer.profiling.ranges import Ranges
 from riverinfer.profiling.recorder import cost_of_a_mark
 from riverinfer.profiling.result import Breakdown, Machine, ModeProfile, Run
@@ -263,7 +264,14 @@ def _run(outputs: Sequence[Output], began: float, times: Sequence[float], prefil
         agreement=fmean(agreements) if agreements else None,
         draft_s=sum(each.draft_s for each in drafts),
         verify_s=sum(each.verify_s for each in drafts),
+        repeats=fmean(repeated(output.token_ids) for output in outputs),
     )
+
+
+def repeated(ids: Sequence[int], length: int = 4) -> float:
+    """The share of a text's runs of ``length`` tokens that stood in it before."""
+    grams = [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _label(engine: Engine, mode: str, river: RiverOptions | None, batch: int) -> str:

@@ -11,7 +11,16 @@ from itertools import groupby
 from statistics import fmean, median
 
 from riverinfer.memory import gib
-from riverinfer.profiling.result import METRICS, OPERATORS, Breakdown, Metric, ModeProfile, Profile, figures
+from riverinfer.profiling.result import (
+    METRICS,
+    OPERATORS,
+    Breakdown,
+    Metric,
+    ModeProfile,
+    Profile,
+    figures,
+    repetition_note,
+)
 
 DECODE_PHASES = ("step", "draft", "verify", "host")
 CSV_COLUMNS = ("kind", "mode", "run", "name", "unit", "value", "phase", "path", "layer", "count")
@@ -51,7 +60,12 @@ def terminal(profile: Profile, *, width: int = 100, color: bool = False) -> str:
     without.
     """
     modes = list(profile.modes.values())
-    blocks = [_header(profile, width), _main_table(profile, width)]
+    note = repetition_note(profile)
+    blocks = [
+        _header(profile, width),
+        _main_table(profile, width),
+        textwrap.wrap(f"Note: {note}.", width) if note else [],
+    ]
     timed = [mode for mode in modes if operator_seconds(mode.breakdown)]
     if timed:
         blocks += [
@@ -66,7 +80,8 @@ def markdown(profile: Profile) -> str:
     """The figures, the operators and the environment as GitHub Markdown. Ranges are [min..max] over runs."""
     modes = list(profile.modes.values())
     rows = [["", *profile.modes], *_figure_rows(profile, ranges=True)]
-    blocks = [_markdown_table(rows)]
+    note = repetition_note(profile)
+    blocks = [_markdown_table(rows), *([f"Note: {note}."] if note else [])]
     timed = [mode for mode in modes if operator_seconds(mode.breakdown)]
     if timed:
         found = [operator_seconds(mode.breakdown) for mode in timed]
