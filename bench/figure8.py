@@ -36,12 +36,12 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 
 import torch
 from harness import interval, print_table, save
-from kv_strategies import STRATEGIES, BatchedRecompute, EarlyExit, KVShare
 from prompts import PROMPTS
 from river import Row, Walked
 
 from riverinfer import Engine, SamplingParams
 from riverinfer.demo import demo_model
+from riverinfer.evidence.kv_strategies import STRATEGIES, BatchedRecompute, EarlyExit, KVShare
 from riverinfer.gates import FixedDepth, Gate, SimilarityGate, never
 from riverinfer.kv_arena import KVArena
 

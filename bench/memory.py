@@ -19,8 +19,8 @@ All in MiB, and over what the process took before it loaded, Python and torch:
 - peaks (VmHWM), mapped pages of libraries and files included: of loading (the cache not yet written), of a step, and of
   the prompt's last chunk.
 
-The paper's table has no room for workspace, nor for scales; it gives no account of its figures. "read as" is the
-plainest sum that gives them to two decimals. Ours is as on a GPU, workspace left out as there.
+The paper's figures leave no room for workspace or scales. "read as" is our reading: the plainest sum that gives them to
+two decimals, where one was found. Ours is as on a GPU, workspace left out as there.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ BALCONY_EXITS = 6  # layers more, with which Balcony's does
 def paper_sums() -> dict[str, tuple[str, float]]:
     """By the paper's name: a sum that gives its figure to two decimals, in words and GiB. None is known for EE-LLM.
 
-    The paper does not say what it counted; these are the plainest sums that fit.
+    Our reading: the plainest sums that fit.
     """
     shapes = LLAMA_8B
     kv = shapes.kv(PAPER_CONTEXT)
