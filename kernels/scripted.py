@@ -194,9 +194,7 @@ class ScriptedLayers:
         ``step`` must have spans. ``caches``: per layer K and V together, [2, Hkv, S, D].
         """
         spans: list[list[Span]] = [step.spans[window] for window in self._windows]
-        if self._marked is not None:
-            _listening[:] = [self._marked]
-        return self._script(
+        arguments = (
             h,
             first,
             last,
@@ -208,6 +206,13 @@ class ScriptedLayers:
             [[[span.first_row, span.end_row, span.first, span.end] for span in parts] for parts in spans],
             [[span.mask for span in parts] for parts in spans],
         )
+        if self._marked is None:
+            return self._script(*arguments)
+        _listening[:] = [self._marked]
+        try:
+            return self._script(*arguments)
+        finally:
+            _listening.clear()
 
 
 def script_layers(layers: Sequence[Any], marked: Optional[Marked] = None) -> Optional[ScriptedLayers]:

@@ -33,3 +33,12 @@ def slow_attend(q: Tensor, cache: Tensor, parts: list[list[int]], masks: list[Te
     """``scripted._attend`` after a sleep."""
     pause()
     return plain_attend(q, cache, parts, masks)
+
+
+plain_multiply = scripted._multiply
+
+
+def slow_multiply(x: Tensor, kind: int, weight: Tensor, scales: Tensor, group: int, bias: Tensor | None) -> Tensor:
+    """``scripted._multiply`` after a sleep."""
+    pause()
+    return plain_multiply(x, kind, weight, scales, group, bias)

@@ -93,7 +93,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "--compare", *files]) == 0
     assert "b.json" in capsys.readouterr().out
     assert main(["profile", "--json", "--compare", *files]) == 0
-    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    assert json.loads(capsys.readouterr().out)["slower"]
+    assert main(["profile", "--json", "--compare", files[0], files[0]]) == 0
+    assert not json.loads(capsys.readouterr().out)["slower"]
 
 
 @pytest.mark.parametrize(
@@ -112,14 +114,15 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--nvtx"], "NVIDIA"),
         (["--context", "100000"], "context"),
         (["--compare", "missing.json", "missing.json"], "missing.json"),
-        (["--compare", "a", "b", "--csv"], "does not go with --compare"),
+        (["--save", "a.json", "--trace", "./a.json"], "named for two outputs"),
     ],
 )
 def test_refused_in_one_line(
     flags: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["profile", MODEL, *SMALL, *flags]) == 2
+    model = [] if "--compare" in flags else [MODEL]
+    assert main(["profile", *model, *SMALL, *flags]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("riverinfer: note")]
     assert line.startswith("riverinfer: ")
     assert problem in line
@@ -129,8 +132,45 @@ def test_refused_in_one_line(
 def test_a_profile_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path / "a.json", "--mode", "exact")
     whole = json.loads((tmp_path / "a.json").read_text())
-    for name, change in (("schema", {"schema": "riverinfer.profile/99"}), ("modes", {"modes": None}), ("list", None)):
+    changes = {
+        "schema": {"schema": "riverinfer.profile/99"},
+        "modes": {"modes": None},
+        "machine": {"machine": {"bytes_per_s": None, "operations_per_s": 1}},
+        "list": None,
+    }
+    for name, change in changes.items():
         bad = tmp_path / f"{name}.json"
         bad.write_text(json.dumps([] if change is None else {**whole, **change}))
         assert main(["profile", "--compare", str(bad), str(tmp_path / "a.json")]) == 2
         assert bad.name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--csv"], ["--mode", "exact"], ["--nvtx"]])
+def test_what_compare_has_no_use_for(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--compare", "a.json", "b.json", *flags]) == 2
+    assert f"{flags[0]} does not go with --compare" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.json"
+    saved(path, "--mode", "exact")
+    for field, value in (("intervals_s", ["a", "b"]), ("prefill_s", "x"), ("rounds", 1.5), ("new_tokens", None)):
+        whole = json.loads(path.read_text())
+        whole["modes"]["exact"]["runs"][0][field] = value
+        bad = tmp_path / "bad.json"
+        bad.write_text(json.dumps(whole))
+        assert main(["profile", "--compare", str(path), str(bad)]) == 2
+        assert field in capsys.readouterr().err
+
+
+def test_what_was_measured_is_shown_before_a_file_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["profile", MODEL, "--mode", "exact", *SMALL, "--save", str(tmp_path / "a.json")]) == 2
+    shown = capsys.readouterr()
+    assert "time to first token" in shown.out
+    assert "No space left" in shown.err

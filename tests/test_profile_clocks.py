@@ -5,16 +5,18 @@ A false clock stands in for time: it goes on by a microsecond a reading, and by 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from forced_drafts import force
 from golden_models import ROOT
-from planted_sleep import CLOCK, SLEEP, Clock, pause, slow_attend
+from planted_sleep import CLOCK, SLEEP, Clock, pause, slow_attend, slow_multiply
 
 from riverinfer import Engine
 from riverinfer.detokenizer import StreamingDetokenizer
@@ -22,7 +24,8 @@ from riverinfer.gates import SimilarityGate
 from riverinfer.kernels import scripted
 from riverinfer.outputs import Output
 from riverinfer.profiling import runner
-from riverinfer.profiling.instrument import Instruments
+from riverinfer.profiling.instrument import Instruments, _timed_run
+from riverinfer.profiling.recorder import Recorder
 from riverinfer.profiling.result import OPERATORS, Machine, ModeProfile
 from riverinfer.profiling.runner import Workload, profile_modes
 from riverinfer.profiling.spans import Recording
@@ -61,8 +64,8 @@ def profile(
     engine: Engine, modes: tuple[str, ...] = MODES, work: Workload = WORK
 ) -> tuple[dict[str, ModeProfile], dict[str, Recording]]:
     ids = (IDS * 4)[: work.context + work.prompt_len]
-    _, found, recordings = profile_modes(engine, modes, work, ids, river=RIVER)
-    return found, {each.mode: each for each in recordings}
+    measured = profile_modes(engine, modes, work, ids, river=RIVER)
+    return measured.modes, {each.mode: each for each in measured.recordings}
 
 
 def decode_seconds(found: ModeProfile) -> dict[str, float]:
@@ -117,6 +120,14 @@ def test_without_a_listener_the_script_has_no_marks(engine: Engine) -> None:
     assert str(timed._script.inlined_graph).count("_mark") == len(scripted.MARKS)
 
 
+def test_a_script_forgets_who_listened(engine: Engine) -> None:
+    with Instruments(engine).attached() as watch:
+        watch.start()
+        engine.generate(IDS, WORK.params(0), mode="exact")
+        assert watch.recorder.marks
+    assert not scripted._listening
+
+
 @pytest.mark.parametrize(
     "work", [WORK, Workload(24, 12, runs=1, warmup=0, batch=3), Workload(8, 12, 40, runs=1, warmup=0)]
 )
@@ -156,6 +167,90 @@ def test_everything_has_its_place(engine: Engine, monkeypatch: pytest.MonkeyPatc
             assert matrices["draft", "river", "qkv"] == run.river_drafted * layers
             assert matrices["verify", "backbone", "qkv"] == run.rounds * layers
             assert sum(n for (_, _, op), n in counts.items() if op == "sampling") == 12 + run.river_drafted
+
+
+def test_the_sums_agree_in_real_time(engine: Engine) -> None:
+    for found in profile(engine, work=Workload(24, 40, runs=1, warmup=0))[0].values():
+        parts = found.breakdown
+        assert sum(decode_seconds(found).values()) == pytest.approx(sum(parts.step_s), rel=0.05)
+        assert sum(parts.step_s) == pytest.approx(parts.decode_s, rel=0.01)
+        assert sum(each.seconds for each in parts.operators) == pytest.approx(parts.total_s, rel=0.01)
+
+
+def test_sleeps_in_the_scripts_of_a_lossless_round(
+    engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every matrix sleeps: each has its share, of the backbone's while verifying, of the river's while drafting."""
+    force(monkeypatch, [("river", 3)])
+    monkeypatch.setattr(scripted, "_multiply", slow_multiply)
+    monkeypatch.setattr(torch.jit._recursive, "concrete_type_store", torch.jit._recursive.ConcreteTypeStore())
+    found = profile(engine, ("lossless",))[0]["lossless"]
+    seconds: dict[tuple[str, str, str], float] = defaultdict(float)
+    for each in found.breakdown.operators:
+        seconds[each.phase, each.path, each.op] += each.seconds
+    layers, run = len(engine.model.layers), found.runs[0]
+    for op in ("qkv", "o", "gate_up", "down"):
+        assert seconds["draft", "river", op] == pytest.approx(SLEEP * layers * run.river_drafted, rel=0.01)
+        assert seconds["verify", "backbone", op] == pytest.approx(SLEEP * layers * run.rounds, rel=0.01)
+    others = [value for (phase, _, op), value in seconds.items() if op in ("norm", "rope", "silu", "attention", "head")]
+    assert max(others) < SLEEP
+
+
+class FakeEvent:
+    """A CUDA event on a clock of seconds; in a graph it is recorded anew by each replay."""
+
+    now = 0.0
+
+    def __init__(self, **_: object) -> None:
+        self.at = 0.0
+
+    def record(self, *_: object) -> None:
+        self.at = FakeEvent.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return (later.at - self.at) * 1000
+
+
+def test_events_of_a_replayed_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks that were captured once are read after each replay; those of the launch that compiles are not kept."""
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    recorder = Recorder(torch.device("cuda"))
+    graph: list[FakeEvent] = []
+
+    def plain(kind: Kind) -> None:
+        nonlocal capturing
+        for phase in (False, True) if not graph else ():
+            capturing = phase
+            for op, layer in (("embed", None), ("qkv", 0), ("down", 0), ("qkv", 1), ("down", 1)):
+                marked(op, layer)
+        graph[:] = [event for event, _ in inspect.getclosurevars(run).nonlocals["captured"][kind]]
+        for event in graph:
+            FakeEvent.now += 0.25
+            event.record()
+
+    class Kind(NamedTuple):
+        path: str
+
+    walk = SimpleNamespace(
+        run=plain, captures=True, model=SimpleNamespace(layers=[0, 1], device=None), state=SimpleNamespace(depth=[1])
+    )
+    run, marked = _timed_run(walk, recorder)  # type: ignore[arg-type]
+    recorder.start()
+    for _ in range(2):
+        FakeEvent.now += 1.0
+        run(Kind("gated"))  # type: ignore[arg-type]
+        recorder.settle()
+    spans = recorder.spans()
+    want = [("", "host"), ("", "embed"), ("backbone", "qkv"), ("backbone", "down"), ("river", "qkv"), ("river", "down")]
+    assert [(span.path, span.op) for span in spans] == want * 2
+    assert [span.end - span.begin for span in spans] == pytest.approx([1.0, *[0.25] * 5] * 2)
 
 
 def _plant(function: Callable[..., Any]) -> Callable[..., Any]:

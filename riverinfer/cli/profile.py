@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         for name, suffixes in (("save", (".json",)), ("trace", (".json",)), ("report", (".html",)))
         if getattr(args, name) is not None
     }
+    if len({path.resolve() for path in places.values()}) < len(places):
+        raise InvalidRequestError("is named for two outputs", file=places["save"], remedy="give each a file of its own")
     if "report" in places:
         from riverinfer.heat_map import require_matplotlib
 
@@ -54,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     )
     options = _river_options(args)
     profile, recordings = _measure(args, modes, workload, options, Ranges(args.nvtx))
+    print(_shown(args, profile), flush=True)  # whatever becomes of the files
     for name, path in places.items():
         write_whole(path, _content(name, profile, recordings).encode("utf-8", errors="replace"))
         print(f"riverinfer: wrote {path}", file=sys.stderr)
-    print(_shown(args, profile))
     return 0
 
 
@@ -99,9 +101,7 @@ def _measure(
         if "river" in modes:
             options = options.limited(engine.config.num_layers, engine.model.held_layers)
         ids = profile_ids(engine.tokenizer, workload.context + workload.prompt_len)
-        machine, found, recordings = profile_modes(
-            engine, modes, workload, ids, river=options, ranges=ranges, progress=progress
-        )
+        measured = profile_modes(engine, modes, workload, ids, river=options, ranges=ranges, progress=progress)
         config = engine.config
         profile = Profile(
             environment=environment(engine.model.device),
@@ -123,10 +123,11 @@ def _measure(
                 "graph": not args.no_graph,
             },
             load_s=load_s,
-            machine=machine,
-            modes=found,
+            peak_bytes=measured.peak_bytes,
+            machine=measured.machine,
+            modes=measured.modes,
         )
-    return profile, recordings
+    return profile, measured.recordings
 
 
 def _load(args: argparse.Namespace, modes: list[str], workload: Workload, progress: ConsoleProgress) -> Engine:
@@ -195,9 +196,10 @@ def _compare(args: argparse.Namespace) -> int:
     from riverinfer.profiling.compare import compare, terminal_comparison
     from riverinfer.profiling.result import load_profile
 
-    for flag in ("csv", "md", "save", "report", "trace"):
+    for flag in ("model_dir", "mode", "csv", "md", "save", "report", "trace", "nvtx"):
         if getattr(args, flag):
-            raise InvalidRequestError(f"--{flag} does not go with --compare", remedy="--json does")
+            name = "MODEL_DIR" if flag == "model_dir" else f"--{flag}"
+            raise InvalidRequestError(f"{name} does not go with --compare", remedy="leave it out; --json does")
     a, b = (load_profile(Path(path)) for path in args.compare)
     found = compare(a, b)
     if args.json:

@@ -71,7 +71,7 @@ class ModeComparison:
     """One mode of both profiles.
 
     pairs: of runs. by_token: whether token positions were paired too. where: the operators that changed most, if the
-    mean inter-token time changed beyond noise. peak_bytes: of A and B.
+    mean inter-token time changed beyond noise.
     """
 
     mode: str
@@ -79,7 +79,6 @@ class ModeComparison:
     by_token: bool
     changes: tuple[Change, ...]
     where: tuple[OperatorChange, ...]
-    peak_bytes: tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B held against A. load_s, bytes_per_s: of A and B, single measurements. only_a, only_b: modes."""
+    """B held against A. load_s, bytes_per_s, peak_bytes: of A and B, single measurements. only_a, only_b: modes."""
 
     margin: float
     differences: tuple[Difference, ...]
@@ -102,6 +101,7 @@ class Comparison:
     only_b: tuple[str, ...]
     load_s: tuple[float, float]
     bytes_per_s: tuple[float, float]
+    peak_bytes: tuple[int | None, int | None]
     settings: dict[str, Any]
 
     @property
@@ -138,6 +138,7 @@ def compare(a: Profile, b: Profile, *, margin: float = 0.03, resamples: int = 20
         only_b=tuple(name for name in b.modes if name not in common),
         load_s=(a.load_s, b.load_s),
         bytes_per_s=(a.machine.bytes_per_s, b.machine.bytes_per_s),
+        peak_bytes=(a.peak_bytes, b.peak_bytes),
         settings=b.settings,
     )
 
@@ -159,10 +160,9 @@ def terminal_comparison(
         ["load, s", *map(number, load), _ratio(*load)],
         ["machine, GB/s", *(number(each / 1e9) for each in speed), _ratio(*speed)],
     ]
-    for mode in comparison.modes:
-        before, after = mode.peak_bytes
-        if before is not None and after is not None:
-            rows.append([f"peak memory, {mode.mode}", gib(before), gib(after), _ratio(before, after)])
+    before, after = comparison.peak_bytes
+    if before is not None and after is not None:
+        rows.append(["peak memory", gib(before), gib(after), _ratio(before, after)])
     blocks.append(columns(rows))
     for name, modes in (("A", comparison.only_a), ("B", comparison.only_b)):
         if modes:
@@ -209,7 +209,6 @@ def _mode(a: ModeProfile, b: ModeProfile, margin: float, resamples: int, seed: i
         by_token=all(_aligned(*pair) for pair in pairs),
         changes=tuple(changes),
         where=tuple(_where(a, b)) if changed else (),
-        peak_bytes=(a.peak_bytes, b.peak_bytes),
     )
 
 
@@ -235,11 +234,11 @@ def _relevant(change: Change, changes: Sequence[Change], margin: float) -> Chang
 
 
 def _verdict(metric: Metric, low: float, high: float, margin: float) -> str:
+    if not metric.better:
+        return ""  # how drafts fall into rounds depends on what was timed in that process
     if 1 - margin <= high and low <= 1 + margin:
         return NO_CHANGE
     more = low > 1 + margin
-    if not metric.better:
-        return "higher" if more else "lower"
     return "faster" if more == (metric.better == "higher") else "slower"
 
 
@@ -272,7 +271,8 @@ def _resampled(pairs: Sequence[tuple[Run, Run]], resamples: int, seed: int) -> d
 
 
 def _aligned(a: Run, b: Run) -> bool:
-    return len(a.intervals_s) == len(b.intervals_s)
+    """Whether an interval of one is of the same work as that of the other: lossless rounds end where they end."""
+    return len(a.intervals_s) == len(b.intervals_s) and not (a.rounds or b.rounds)
 
 
 def _blocks(rng: np.random.Generator, count: int, length: int) -> NDArray[np.int64]:
@@ -315,7 +315,7 @@ def _where(a: ModeProfile, b: ModeProfile) -> list[OperatorChange]:
 
 
 def _mode_lines(mode: ModeComparison, settings: dict[str, Any], color: bool) -> list[str]:
-    pairs = f"{mode.pairs} pair of runs" if mode.pairs == 1 else f"{mode.pairs} pairs of runs"
+    pairs = f"{mode.pairs} pair{'s' if mode.pairs > 1 else ''} of runs"
     rows = [[mode.mode, "A", "B", "B/A", "interval"]]
     for change in mode.changes:
         metric = next(each for each in METRICS if each.name == change.name)
@@ -324,7 +324,7 @@ def _mode_lines(mode: ModeComparison, settings: dict[str, Any], color: bool) -> 
             interval = f"{_factor(change.low)}..{_factor(change.high)}"
         values = [number(value * metric.scale) for value in (change.a, change.b)]
         rows.append([metric_label(metric, settings), *values, _factor(change.ratio), interval])
-    verdicts = [pairs + ("" if mode.by_token else ", tokens not paired")]
+    verdicts = [pairs if mode.by_token else f"{mode.pairs} run{'s' if mode.pairs > 1 else ''}, not by token"]
     for change in mode.changes:
         text = change.verdict or ("one pair tells nothing" if mode.pairs == 1 else "not judged")
         verdicts.append(f"\x1b[{_COLORS[text]}m{text}\x1b[0m" if color and text in _COLORS else text)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from riverinfer.errors import InvalidRequestError
 from riverinfer.gates import FixedDepth
 from riverinfer.generation import Generation
 from riverinfer.kernels.scripted import ScriptedLayers, script_layers
@@ -67,6 +68,7 @@ class Watch:
 
         def call(*args: Any, **options: Any) -> Any:
             recorder = self.recorder
+            recorder.settle()
             recorder.mark("host")
             self._passed = "prefill" if self._reading else "verify" if options.get("all_logits") else phase
             recorder.phase, self._said = self._passed, False
@@ -159,15 +161,14 @@ class Instruments:
             (model, "embed", _TimedEmbedding(model.embed, watch.recorder)),
             (model, "normed", _before_mark(model.normed, "norm", watch.recorder)),
             (model, "logits", watch.logits(model.logits, len(model.layers))),
-            # Steps that the device queues by itself pass no place where the host could mark their ends.
-            (engine, "decoder", None),
-            (engine, "rounds", None),
             (engine, "read_prompt", watch.reading(engine.read_prompt)),
             (engine, "extend", watch.passing(engine.extend)),
             (engine, "extend_batch", watch.passing(engine.extend_batch)),
             (engine, "draft", watch.passing(engine.draft, "draft")),
             (engine, "generation", watch.generation(engine.generation)),
         ]
+        # Steps that the device queues by itself pass no place where the host could mark their ends.
+        self._stepping = [(engine, "decoder", None), (engine, "rounds", None)]
         walk = model.device_walk
         if walk is not None:
             run, marked = _timed_run(walk, watch.recorder)
@@ -176,23 +177,33 @@ class Instruments:
     @contextmanager
     def attached(self) -> Iterator[Watch]:
         """The engine has the clocks, and is as it was afterwards. Not for use by several threads."""
-        missing = object()  # an attribute that the class has
-        was = [(owner, name, vars(owner).get(name, missing)) for owner, name, _ in self._swaps]
-        try:
-            for owner, name, value in self._swaps:
-                setattr(owner, name, value)
+        with _swapped([*self._stepping, *self._swaps]):
             yield self.watch
-        finally:
-            for owner, name, value in reversed(was):
-                if value is not missing:
-                    setattr(owner, name, value)
-                elif name in vars(owner):
-                    delattr(owner, name)
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """The engine takes its steps as with clocks, without any: what the clocks cost is the difference."""
+        return _swapped(self._stepping)
 
     def close(self) -> None:
         """Let go of what was captured."""
         if self._engine.model.device_walk is not None:
             self._engine.model.device_walk.unmark()
+
+
+@contextmanager
+def _swapped(swaps: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    missing = object()  # an attribute that the class has
+    was = [(owner, name, vars(owner).get(name, missing)) for owner, name, _ in swaps]
+    try:
+        for owner, name, value in swaps:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(was):
+            if value is not missing:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
 
 
 def _before_mark(function: Call, op: str, recorder: Recorder) -> Call:
@@ -206,8 +217,13 @@ def _before_mark(function: Call, op: str, recorder: Recorder) -> Call:
 
 def _timed(layers: list[DecoderLayer], path: str, watch: Watch) -> list[DecoderLayer]:
     mark = watch.recorder.mark
+
+    def enter(layer: int) -> AbstractContextManager[None]:
+        watch.enter(layer)
+        return watch.ranges.of(f"layer {layer}, {path}")
+
     return [
-        TimedLayer.of(layer, partial(mark, layer=i, path=path), partial(watch.enter, i))
+        TimedLayer.of(layer, partial(mark, layer=i, path=path), partial(enter, i), watch.ranges)
         for i, layer in enumerate(layers)
     ]
 
@@ -250,6 +266,8 @@ def _timed_run(walk: DeviceWalk, recorder: Recorder) -> tuple[Call, Call]:
     """``DeviceWalk.run`` and ``marked`` with a mark after each launch; in a graph these are events that it records."""
     captured: dict[StepKind, list[tuple[Any, Place]]] = {}
     now: list[StepKind] = []
+    if walk.captures:
+        _require_external_events()
     plain, layers = walk.run, len(walk.model.layers)
 
     def marked(op: str, layer: int | None) -> None:
@@ -258,7 +276,9 @@ def _timed_run(walk: DeviceWalk, recorder: Recorder) -> tuple[Call, Call]:
         elif torch.cuda.is_current_stream_capturing():
             event = torch.cuda.Event(enable_timing=True, external=True)
             event.record(torch.cuda.current_stream(walk.model.device))
-            captured.setdefault(now[0], []).append((event, ("", layer, op)))
+            if op == "embed":  # a step's first: what a capture that failed had left is none of its own
+                captured[now[0]] = []
+            captured[now[0]].append((event, ("", layer, op)))
 
     def run(kind: StepKind) -> Tensor:
         recorder.mark("host")
@@ -272,3 +292,13 @@ def _timed_run(walk: DeviceWalk, recorder: Recorder) -> tuple[Call, Call]:
         return h
 
     return run, marked
+
+
+def _require_external_events() -> None:
+    """Events inside a graph that the host can read. Raises InvalidRequestError where torch has none."""
+    try:
+        torch.cuda.Event(enable_timing=True, external=True)
+    except TypeError as exc:
+        raise InvalidRequestError(
+            f"torch {torch.__version__} cannot time inside a CUDA graph", remedy="give --no-graph, or a newer torch"
+        ) from exc

@@ -26,8 +26,9 @@ class Recorder:
         self.device, self.cuda = device, device.type == "cuda"
         self.phase = "prefill"
         self.marks: list[tuple[Any, str, Place]] = []  # when (seconds or an event), phase, what ended
-        self._base: Any = None  # an event at ``_began``
-        self._began = 0.0
+        self._began = self._base_s = 0.0
+        self._base: Any = None  # an event at ``_base_s``; events tell milliseconds since it, in float32
+        self._told = 0  # marks whose time is known in seconds
 
     @property
     def events(self) -> str:
@@ -36,12 +37,24 @@ class Recorder:
     def start(self) -> float:
         """The time axis begins now: seconds of ``time.perf_counter``."""
         self.marks.clear()
-        self.phase = "prefill"
+        self.phase, self._told = "prefill", 0
         if self.cuda:
             torch.cuda.synchronize(self.device)
             self._base = self._event()
-        self._began = time.perf_counter()
+        self._began = self._base_s = time.perf_counter()
         return self._began
+
+    def settle(self) -> None:
+        """Wait for the marks so far and read them: the next ones are told from here, with all of their digits."""
+        if not self.cuda:
+            return
+        base = self._event()
+        base.synchronize()
+        for i in range(self._told, len(self.marks)):
+            when, phase, place = self.marks[i]
+            self.marks[i] = self._seconds(when), phase, place
+        self._told = len(self.marks)
+        self._base_s, self._base = self._base_s + self._base.elapsed_time(base) / 1000, base
 
     def mark(self, op: str, layer: int | None = None, path: str = "") -> None:
         """What ran since the last mark is ``op``."""
@@ -75,7 +88,7 @@ class Recorder:
         self.marks += [(self._seconds(event), self.phase, place) for event, place in events]
 
     def _seconds(self, when: Any) -> float:
-        return when if isinstance(when, float) else self._began + self._base.elapsed_time(when) / 1000
+        return when if isinstance(when, float) else self._base_s + self._base.elapsed_time(when) / 1000
 
     def follow_depth(self, first_mark: int, depth: int) -> None:
         """A step whose exits were decided on the device has ended: name its layers' paths, from a mark on."""
@@ -85,8 +98,7 @@ class Recorder:
 
     def spans(self) -> tuple[Span, ...]:
         """What the marks bound, one after the other, from ``start`` on."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+        self.settle()
         spans, begin = [], self._began
         for when, phase, (path, layer, op) in self.marks:
             end = self._seconds(when)

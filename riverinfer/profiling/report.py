@@ -10,7 +10,7 @@ from typing import Any
 
 from riverinfer.memory import gib
 from riverinfer.profiling import figures as drawings
-from riverinfer.profiling.result import METRICS, ModeProfile, Profile, figures, repetition_note
+from riverinfer.profiling.result import METRICS, ModeProfile, Profile, figures, notes
 from riverinfer.profiling.spans import Recording, TokenSpan
 from riverinfer.profiling.tables import DASH, metric_label, number
 
@@ -41,7 +41,7 @@ def report_html(profile: Profile, recordings: Sequence[Recording]) -> str:
     page = environment.from_string(source).render(
         title=str(profile.model.get("name") or "a model"),
         summary=summary(profile),
-        note=repetition_note(profile),
+        notes=notes(profile),
         subtitle=_subtitle(profile),
         modes=modes,
         colours=drawings.MODE_COLOURS,
@@ -84,7 +84,8 @@ def _subtitle(profile: Profile) -> str:
     env, model = profile.environment, profile.model
     device = env.get("device_name") if str(env.get("device", "")).startswith("cuda") else env.get("cpu")
     threads = f"{env['threads']} threads" if env.get("threads") and env.get("device") == "cpu" else None
-    parts = [model.get("dtype"), device or env.get("device"), threads, env.get("date")]
+    peak = None if profile.peak_bytes is None else f"peak memory {gib(profile.peak_bytes)}"
+    parts = [model.get("dtype"), device or env.get("device"), threads, peak, env.get("date")]
     return " · ".join(str(part) for part in parts if part)
 
 
@@ -102,8 +103,6 @@ def _rows(profile: Profile) -> Iterator[tuple[str, list[Cell]]]:
         cells = [_cell([value * metric.scale for value in each if value is not None]) for each in values]
         if any(cell.middle != DASH for cell in cells):
             yield metric_label(metric, profile.settings), cells
-    if any(mode.peak_bytes is not None for mode in modes):
-        yield "peak memory", [Cell(DASH if mode.peak_bytes is None else gib(mode.peak_bytes)) for mode in modes]
     yield "limit, ms a token", [Cell(number(1e3 * mode.limit.seconds), f"by {mode.limit.bound}") for mode in modes]
     yield (
         "limit reached, %",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -126,8 +127,7 @@ class Breakdown:
 class ModeProfile:
     """One mode: its runs, in the order they were taken, what limits it, and where its time goes.
 
-    label: for people, with the mode's settings, such as "river, tau 0.5". peak_bytes: the most memory so far, of the
-    process on a CPU, by torch on a GPU; None where it cannot be told.
+    label: for people, with the mode's settings, such as "river, tau 0.5".
     """
 
     mode: str
@@ -135,7 +135,6 @@ class ModeProfile:
     runs: tuple[Run, ...]
     limit: Limit
     breakdown: Breakdown
-    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -151,13 +150,15 @@ class Machine:
 class Profile:
     """A profile. environment, model, settings: for people and for telling whether two profiles compare.
 
-    load_s: ``Engine.load``. modes: by name, "exact", "river", "lossless", those that were asked for.
+    load_s: ``Engine.load``. peak_bytes: the most memory until the last run, of all that is loaded, of the process on a
+    CPU, by torch on a GPU; None where it cannot be told. modes: by name, "exact", "river", "lossless", as asked for.
     """
 
     environment: dict[str, Any]
     model: dict[str, Any]
     settings: dict[str, Any]
     load_s: float
+    peak_bytes: int | None
     machine: Machine
     modes: dict[str, ModeProfile] = field(default_factory=dict)
 
@@ -219,11 +220,18 @@ def figures(run: Run) -> dict[str, float | None]:
         "jitter": jitter(waits) if waits else None,
         "prefill (pp)": run.prompt_tokens / run.prefill_s if run.prefill_s else None,
         "decode (tg)": _decode_rate(run),
-        "exit depth": fmean(run.exit_depths) if run.exit_depths else None,
+        "exit depth": _decoded_depth(run),
         # The first token comes with the prompt.
         "tokens a round": (run.new_tokens - 1) / run.rounds if run.rounds else None,
         "drafts accepted": run.accepted / run.drafted if run.drafted else None,
     }
+
+
+def _decoded_depth(run: Run) -> float | None:
+    """Mean over tokens after the first ones, which come with their prompts and passed every layer."""
+    each = len(run.intervals_s) + 1
+    depths = [depth for i, depth in enumerate(run.exit_depths) if i % each]
+    return fmean(depths) if depths else None
 
 
 def _decode_rate(run: Run) -> float | None:
@@ -235,16 +243,23 @@ def _decode_rate(run: Run) -> float | None:
     return len(run.intervals_s) * sequences / seconds
 
 
-def repetition_note(profile: Profile) -> str | None:
-    """What to know of lossless mode's figures where the text repeats itself, which makes drafts easy; else None."""
+def notes(profile: Profile) -> list[str]:
+    """What to know before figures are compared with each other."""
+    found = []
+    batch = profile.settings.get("batch", 1)
+    if batch > 1:
+        found.append(
+            f"inter-token figures are of a step, which gives {batch} tokens;"
+            " the limit and operators are a token's share of it"
+        )
     mode = profile.modes.get("lossless")
     share = fmean(run.repeats for run in mode.runs) if mode is not None and mode.runs else 0.0
-    if share < REPETITIVE:
-        return None
-    return (
-        f"{share * 100:.0f} % of lossless mode's text repeats itself (4-grams), which makes it easy to draft:"
-        " --temp 1 writes another"
-    )
+    if share >= REPETITIVE:
+        found.append(
+            f"{share * 100:.0f} % of lossless mode's text repeats itself (4-grams), which makes it easy to draft:"
+            " --temp 1 writes another"
+        )
+    return found
 
 
 def load_profile(path: Path) -> Profile:
@@ -265,8 +280,12 @@ def load_profile(path: Path) -> Profile:
         return _profile(data)
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise InvalidRequestError(
-            f"is not a whole profile ({type(exc).__name__}: {exc})", file=path, remedy="make it anew"
+            f"is not a whole profile ({_reason(exc)})", file=path, remedy="make it anew with riverinfer profile"
         ) from exc
+
+
+def _reason(exc: Exception) -> str:
+    return f"{exc} is missing" if isinstance(exc, KeyError) else str(exc)
 
 
 def _profile(data: dict[str, Any]) -> Profile:
@@ -275,6 +294,7 @@ def _profile(data: dict[str, Any]) -> Profile:
         model=dict(data["model"]),
         settings=dict(data["settings"]),
         load_s=float(data["load_s"]),
+        peak_bytes=None if data["peak_bytes"] is None else int(data["peak_bytes"]),
         machine=_make(Machine, data["machine"]),
         modes={name: _mode(mode) for name, mode in data["modes"].items()},
     )
@@ -290,10 +310,23 @@ def _mode(data: dict[str, Any]) -> ModeProfile:
         for run in data["runs"]
     )
     breakdown = _make(Breakdown, {**parts, "operators": operators, "step_s": tuple(parts["step_s"])})
-    rest = {name: data[name] for name in ("mode", "label", "peak_bytes")}
+    rest = {name: str(data[name]) for name in ("mode", "label")}
     return ModeProfile(runs=runs, limit=_make(Limit, data["limit"]), breakdown=breakdown, **rest)
 
 
+_TYPES: dict[str, Any] = {"float": (int, float), "int": int, "str": str}
+
+
 def _make(kind: Any, data: dict[str, Any]) -> Any:
-    """A dataclass from a JSON object; fields of later versions are left out."""
-    return kind(**{name: data[name] for name in data if name in kind.__dataclass_fields__})
+    """A dataclass from a JSON object; fields of later versions are left out. Raises TypeError for other types."""
+    values = {name: data[name] for name in data if name in kind.__dataclass_fields__}
+    for name, value in values.items():
+        wanted = kind.__dataclass_fields__[name].type
+        element = re.fullmatch(r"tuple\[(\w+), \.\.\.\]", wanted)
+        plain = element[1] if element else wanted.removesuffix(" | None")
+        if plain not in _TYPES or (value is None and wanted != plain):
+            continue
+        for each in value if element else (value,):
+            if not isinstance(each, _TYPES[plain]) or isinstance(each, bool):
+                raise TypeError(f"{name} has {each!r}, which is no {plain}")
+    return kind(**values)

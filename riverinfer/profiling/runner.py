@@ -70,6 +70,16 @@ class Workload:
         )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """peak_bytes, machine, modes: as in ``Profile``. recordings: of each mode the generation of its breakdown."""
+
+    peak_bytes: int | None
+    machine: Machine
+    modes: dict[str, ModeProfile]
+    recordings: list[Recording]
+
+
 def profile_modes(
     engine: Engine,
     modes: Sequence[str],
@@ -79,11 +89,10 @@ def profile_modes(
     river: RiverOptions | None = None,
     ranges: Ranges | None = None,
     progress: Progress | None = None,
-) -> tuple[Machine, dict[str, ModeProfile], list[Recording]]:
+) -> Measured:
     """Profile ``modes`` of an engine, which nobody else may use meanwhile, on ``workload.positions`` - new_tokens ids.
 
-    ``river``: options of river mode. Returns what the machine can do, the profiles by mode, and of each the recording
-    of the generation that its breakdown is of.
+    ``river``: options of river mode.
     Raises InvalidRequestError for a mode that the engine was not loaded for, and for contexts and batches that it
     cannot hold.
     """
@@ -106,7 +115,6 @@ def profile_modes(
             progress("profiling", done, total, "generations")
 
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
-    peaks: dict[str, int | None] = {}
     with runner:
         for number in range(-workload.warmup, workload.runs):
             first = number % len(modes)
@@ -114,8 +122,8 @@ def profile_modes(
                 run = runner.run(mode, hows[mode], max(0, number))
                 if number >= 0:
                     runs[mode].append(run)
-                peaks[mode] = measure(engine.model.device)[1]
                 told()
+        peak = measure(engine.model.device)[1]
         machine = probe(engine.model.device, engine.model.dtype)  # after the peaks: it takes memory itself
         found, recordings = {}, []
         for mode in modes:
@@ -128,9 +136,8 @@ def profile_modes(
                 runs=tuple(runs[mode]),
                 limit=token_limit(engine, mode, runs[mode], machine, positions=reading, batch=workload.batch),
                 breakdown=breakdown,
-                peak_bytes=peaks[mode],
             )
-    return machine, found, recordings
+    return Measured(peak, machine, found, recordings)
 
 
 class _Runner:
@@ -171,7 +178,8 @@ class _Runner:
             generate(mode, river, 0, watch)  # compiles
         told()
         for _ in range(PAIRS):
-            plain = self.run(mode, river, 0)
+            with instruments.stepping():
+                plain = self.run(mode, river, 0)
             told()
             with instruments.attached() as watch:
                 timed = generate(mode, river, 0, watch)
@@ -282,4 +290,6 @@ def _label(engine: Engine, mode: str, river: RiverOptions | None, batch: int) ->
         return f"river, gate {options.gate}" if options.gate != "fixed" else f"river, depth {options.min_depth}"
     if mode == "lossless" and batch > 1:
         return "lossless, no drafts side by side"
+    if mode == "lossless" and not engine.model.river:
+        return "lossless, drafts looked up only"
     return mode

@@ -19,7 +19,7 @@ from riverinfer.profiling.result import (
     ModeProfile,
     Profile,
     figures,
-    repetition_note,
+    notes,
 )
 
 DECODE_PHASES = ("step", "draft", "verify", "host")
@@ -46,7 +46,8 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 _SI_UNITS = {"ms": "s", "%": "share"}
 _COVERS = {
     "cpu clock": "norm includes the residual sum before it",
-    "cuda events": "norms are part of the matrix after them, residual sums and silu of the one before",
+    "cuda events": "norms are part of the matrix after them, residual sums and silu of the one before, and steps are"
+    " started by the host one by one, which is what host has most of",
 }
 
 
@@ -60,12 +61,8 @@ def terminal(profile: Profile, *, width: int = 100, color: bool = False) -> str:
     without.
     """
     modes = list(profile.modes.values())
-    note = repetition_note(profile)
-    blocks = [
-        _header(profile, width),
-        _main_table(profile, width),
-        textwrap.wrap(f"Note: {note}.", width) if note else [],
-    ]
+    shown = [line for note in notes(profile) for line in textwrap.wrap(f"Note: {note}.", width)]
+    blocks = [_header(profile, width), _main_table(profile, width), shown]
     timed = [mode for mode in modes if operator_seconds(mode.breakdown)]
     if timed:
         blocks += [
@@ -80,8 +77,7 @@ def markdown(profile: Profile) -> str:
     """The figures, the operators and the environment as GitHub Markdown. Ranges are [min..max] over runs."""
     modes = list(profile.modes.values())
     rows = [["", *profile.modes], *_figure_rows(profile, ranges=True)]
-    note = repetition_note(profile)
-    blocks = [_markdown_table(rows), *([f"Note: {note}."] if note else [])]
+    blocks = [_markdown_table(rows), *(f"Note: {note}." for note in notes(profile))]
     timed = [mode for mode in modes if operator_seconds(mode.breakdown)]
     if timed:
         found = [operator_seconds(mode.breakdown) for mode in timed]
@@ -97,15 +93,16 @@ def markdown(profile: Profile) -> str:
 def csv_text(profile: Profile) -> str:
     """One value a row under the header ``CSV_COLUMNS``, in SI units, shares from 0 to 1.
 
-    kind "run": a metric of one run, counted from 0. kind "mode": limit, share of it, peak memory. kind "operator":
-    ``OperatorTime``, its seconds as value, prefill included. kind "profile": load time and what the machine can do.
-    Columns that a kind has not are empty.
+    kind "run": a metric of one run, counted from 0. kind "mode": limit, share of it. kind "operator":
+    ``OperatorTime``, its seconds as value, prefill included. kind "profile": load time, peak memory, what the machine
+    can do. Columns that a kind has not are empty.
     """
     text = io.StringIO()
     out = csv.DictWriter(text, CSV_COLUMNS, restval="", lineterminator="\n")
     out.writeheader()
     for name, unit, value in (
         ("load", "s", profile.load_s),
+        ("peak memory", "bytes", "" if profile.peak_bytes is None else profile.peak_bytes),
         ("machine bandwidth", "bytes/s", profile.machine.bytes_per_s),
         ("machine operations", "operations/s", profile.machine.operations_per_s),
     ):
@@ -125,7 +122,6 @@ def csv_text(profile: Profile) -> str:
             ("limit operations", "operations", limit.operations),
             ("limit achieved", "share", limit.achieved),
         ]
-        whole += [] if mode.peak_bytes is None else [("peak memory", "bytes", mode.peak_bytes)]
         for label, unit, value in whole:
             out.writerow({"kind": "mode", "mode": name, "name": label, "unit": unit, "value": value})
         for each in mode.breakdown.operators:
@@ -196,7 +192,8 @@ def metric_label(metric: Metric, settings: dict[str, object]) -> str:
 
 
 def _header(profile: Profile, width: int) -> list[str]:
-    lines = flow([*_model(profile), f"loaded in {number(profile.load_s)} s"], width)
+    peak = [] if profile.peak_bytes is None else [f"peak memory {gib(profile.peak_bytes)}"]
+    lines = flow([*_model(profile), f"loaded in {number(profile.load_s)} s", *peak], width)
     lines += flow([*_environment(profile), *_machine(profile)], width)
     lines += flow(_settings(profile), width)
     labels = [mode.label for mode in profile.modes.values() if mode.label != mode.mode]
@@ -268,7 +265,6 @@ def _figure_rows(profile: Profile, *, ranges: bool) -> list[list[str]]:
         label = metric_label(metric, profile.settings)
         rows.append([label, *(_spread([each[metric.name] for each in runs], metric, ranges) for runs in found)])
     rows += [
-        ["peak memory", *(DASH if mode.peak_bytes is None else gib(mode.peak_bytes) for mode in modes)],
         ["limit, ms a token", *(f"{number(mode.limit.seconds * 1e3)} {mode.limit.bound}" for mode in modes)],
         ["reads a token", *(f"{_si(mode.limit.bytes)}B" for mode in modes)],
         ["limit reached, %", *(f"{mode.limit.achieved * 100:.0f}" for mode in modes)],
