@@ -2,11 +2,11 @@
 
     python bench/figure8.py [MODEL_DIR] [--tau 0.5 0.97 0.98] [--tokens 96] [--prompts 12] [--save]
 
-For each prompt the exact engine writes a greedy continuation. Each strategy of ``kv_strategies`` then walks the same
-tokens one by one after an exact prompt (teacher forcing, so that positions compare), under the similarity gate at each
-tau and under a fixed depth of half the layers, and is held against the exact walk. Intervals are 95 % bootstrap over
-prompts. tokens/s is timed in the same walks, in turn for all; what still waits to be recomputed at the end is not.
-``--save`` writes bench/results/figure8-cpu.json.
+For each prompt the exact engine writes a greedy continuation. Each strategy of ``riverinfer.evidence.kv_strategies``
+then walks the same tokens one by one after an exact prompt (teacher forcing, so that positions compare), under the
+similarity gate at each tau and under a fixed depth of half the layers, and is held against the exact walk. Intervals
+are 95 % bootstrap over prompts. tokens/s is timed in the same walks, in turn for all; what still waits to be
+recomputed at the end is not. ``--save`` writes bench/results/figure8-cpu.json.
 
 - KL, top-1 %: of all tokens. "KL, full depth" is that of the tokens which passed every layer: what they lose, they
   lose by the cache alone, not by an early head. They may be few; with recompute most are those that a full list

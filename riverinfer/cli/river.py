@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from riverinfer.errors import InvalidRequestError
@@ -146,9 +147,29 @@ def _info(args: argparse.Namespace) -> int:
         print(f"{info.path}\n  {settings}, {_size(info.nbytes)}, of {info.source_folder or '?'}")
         if state:
             print(f"  {state}")
+        _print_certificate(info.path)
     if checkpoint is not None:
         _print_choice(checkpoint)
     return 0
+
+
+def _print_certificate(river: Path) -> None:
+    """What a calibration found, if there was one. Whether it holds for what would run is for --tau auto to say."""
+    from riverinfer.evidence.certificate import certificate_path, read_certificate
+
+    path = certificate_path(river)
+    if not path.exists():
+        return
+    try:
+        found = read_certificate(path)
+    except InvalidRequestError as exc:
+        print(f"  certificate: {exc.problem}")
+        return
+    tau = "no tau" if found.tau is None else f"tau {found.tau:g}"
+    print(
+        f"  certified: {tau}, disagreement of at most {found.epsilon:g} with confidence {1 - found.delta:g},"
+        f" {found.prompts} prompts, {found.date}"
+    )
 
 
 def _print_choice(checkpoint: Checkpoint) -> None:

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequestError("the prompt is empty", remedy="give at least one character")
     check_flags(args)
     with load_engine(args) as engine:
+        if engine.mode != "river":
+            raise InvalidRequestError("no tau is certified, no token would exit", field="--tau", remedy="give a number")
         output, error = _generate(args, engine, prompt)
         facts = _facts(args, engine, output, prompt)
     write_whole(path, _content(facts, path.suffix.lower()))
@@ -73,7 +75,7 @@ def _facts(args: argparse.Namespace, engine: Engine, output: Output, prompt: str
         "model": engine.model_dir.resolve().name,
         "layers": engine.config.num_layers,
         "gate": args.gate,
-        "tau": args.tau,
+        "tau": engine.river_options.tau,
         "min_depth": args.min_depth,
         "river": str(engine.river_settings),
         "prompt": prompt,

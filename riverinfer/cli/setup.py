@@ -73,9 +73,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
     sampling_params(args, {})
     _refuse_idle_flags(args)
-    RiverOptions(
-        args.tau, args.min_depth, args.max_depth, args.gate, args.prefill, args.prefill_depth, repair=args.repair
-    )
+    tau = RiverOptions.tau if args.tau == "auto" else args.tau
+    RiverOptions(tau, args.min_depth, args.max_depth, args.gate, args.prefill, args.prefill_depth, repair=args.repair)
     RiverRequest(args.river_bits, args.river_group, args.river_method, args.river_head, args.draft)
     if args.chat_template is not None:
         read_text(args.chat_template)

@@ -1,0 +1,93 @@
+"""``riverinfer audit``: what leaving the backbone early costs on this model, and whether the gate earns its keep."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from riverinfer.cli.output_file import output_path, write_whole
+from riverinfer.cli.setup import load_engine, use_huge_pages
+from riverinfer.errors import InvalidRequestError
+from riverinfer.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from riverinfer.evidence.audit import Audit, AuditSettings
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the files that were asked for, print the summary or the JSON."""
+    use_huge_pages()
+    # Before a model is loaded, refuse what could not be done or written at the end.
+    places = {
+        name: output_path(getattr(args, name), suffixes)
+        for name, suffixes in (("save", (".json",)), ("report", (".html",)))
+        if getattr(args, name) is not None
+    }
+    _refuse(args)
+    settings = _settings(args)
+    report_html = _report() if "report" in places else None
+    from riverinfer.evidence.prompts import read_prompts
+
+    texts = read_prompts(args.prompts)
+    audit = _measure(args, texts, settings)
+    for name, path in places.items():
+        content = report_html(audit) if name == "report" and report_html is not None else audit.as_json()
+        write_whole(path, content.encode("utf-8", errors="replace"))
+        print(f"riverinfer: wrote {path}", file=sys.stderr)
+    if args.json:
+        print(audit.as_json().rstrip("\n"))
+    else:
+        from riverinfer.evidence.summary import terminal
+
+        print(terminal(audit, width=_width()).rstrip("\n"))
+    return 0
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    for name, value in (("prefill", "exact"), ("prefill_depth", None), ("backbone_layers", None), ("draft", "auto")):
+        if getattr(args, name) != value:
+            raise InvalidRequestError(
+                f"--{name.replace('_', '-')} has no effect here: prompts are exact, the backbone whole",
+                remedy="leave it out",
+            )
+
+
+def _settings(args: argparse.Namespace) -> AuditSettings:
+    from riverinfer.evidence.audit import AuditSettings
+
+    return AuditSettings(
+        tokens=args.tokens,
+        drift_tokens=args.drift_tokens,
+        drift_texts=args.drift_texts,
+        repair=args.repair,
+        gates=not args.no_gates,
+        seed=args.seed,
+    )
+
+
+def _measure(args: argparse.Namespace, texts: list[str], settings: AuditSettings) -> Audit:
+    from riverinfer.evidence.audit_run import run_audit
+    from riverinfer.evidence.drift import SLOTS
+    from riverinfer.evidence.prompts import prompt_ids
+
+    args.repair = 0  # the walks that are audited have none; what is repaired is told apart
+    with load_engine(args, max_sequences=SLOTS) as engine:
+        prompts = prompt_ids(engine, texts)
+        return run_audit(engine, prompts, settings, progress=ConsoleProgress(quiet_s=1.0))
+
+
+def _report() -> Callable[[Audit], str]:
+    """What draws the page; the pictures' library is asked for before anything is measured."""
+    from riverinfer.heat_map import require_matplotlib
+
+    require_matplotlib()
+    report_html: Callable[[Audit], str] = import_module("riverinfer.evidence.report").report_html
+    return report_html
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))

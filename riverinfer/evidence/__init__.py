@@ -1,0 +1,1 @@
+"""What leaving the backbone early costs, measured: audits, calibration, and the paper's tables."""

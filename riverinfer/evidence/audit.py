@@ -1,0 +1,135 @@
+"""What an audit found, as data alone, and its JSON form.
+
+``riverinfer.audit/1`` is the tree of dataclasses below, field by field: objects by name, tuples as lists, null for what
+is undefined. Under one version fields may be added, none changes its meaning. KL is in nats a token, shares are 0 to 1,
+depths count backbone layers, seconds and tokens/s are of this machine. Properties (verdicts) are not in it; the
+sentences in ``findings`` are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from riverinfer.errors import InvalidRequestError
+from riverinfer.evidence.better_gates import BetterGates
+from riverinfer.evidence.controls import Comparison
+from riverinfer.evidence.drift import Drift
+from riverinfer.evidence.gate_error_summary import GateError
+from riverinfer.evidence.json_tree import from_tree, to_tree
+from riverinfer.evidence.quality import Floor, Quality
+from riverinfer.evidence.survival import Survival
+from riverinfer.evidence.sweep import Point
+from riverinfer.sampling import check_integer
+
+SCHEMA = "riverinfer.audit/1"
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How much is measured.
+
+    tokens: of each answer. taus: of the sweep, beside the audited setting. shuffles: of each gate's depths.
+    samples: tokens a prompt that are forced out, at ``exits`` depths.
+    strategy_prompts, floor_prompts: how many prompts the other KV strategies, and exact against itself, get.
+    drift_tokens, drift_texts: length and number of long texts; no tokens: no drift. repair: R, every so many tokens.
+    gates: whether candidate gates are tried (from 4 prompts on).
+    Raises InvalidRequestError for values out of range.
+    """
+
+    tokens: int = 40
+    taus: tuple[float, ...] = (0.9, 0.95, 0.97, 0.98)
+    shuffles: int = 2
+    samples: int = 8
+    exits: int = 8
+    strategy_prompts: int = 6
+    floor_prompts: int = 4
+    drift_tokens: int = 256
+    drift_texts: int = 2
+    repair: int = 16
+    gates: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("tokens", 4), ("shuffles", 1), ("samples", 1), ("exits", 1), ("floor_prompts", 1)):
+            check_integer(name, getattr(self, name), low)
+        for name in ("strategy_prompts", "drift_tokens", "drift_texts", "seed"):
+            check_integer(name, getattr(self, name), 0)
+        check_integer("repair", self.repair, 1)
+        if 0 < self.drift_tokens < 4:
+            raise InvalidRequestError(f"is {self.drift_tokens}", field="drift_tokens", remedy="give 0, or 4 and more")
+
+
+@dataclass(frozen=True)
+class FreeRunning:
+    """River mode on its own, greedily: what it says leads its own text on.
+
+    own_text: teacher-forced quality over the text that *river* said, so that its perplexity_ratio is how much less
+    likely than exact river finds its own words (below 1: likelier). same_tokens: share of tokens that are exact's at
+    their place. likelihood_ratio: exact's perplexity on river's text over exact's perplexity on exact's text.
+    river, repaired: when texts part from exact's, without repair and with.
+    """
+
+    own_text: Quality
+    same_tokens: float
+    likelihood_ratio: float
+    river: Survival
+    repaired: Survival
+
+
+@dataclass(frozen=True)
+class Audit:
+    """environment, model: for people, and for telling whether two audits compare. settings: ``AuditSettings`` and the
+    river's. seconds: what the audit took. prompts: the texts. gate: the audited setting, for people.
+
+    quality: teacher-forced, over exact's greedy text. comparisons: the audited setting against its controls, then the
+    taus of the sweep. points: of the Pareto plot. lossless_same: on how many prompts lossless mode said exact's text.
+    drift, better: None if they were not asked for. findings: the outcome in plain sentences.
+    """
+
+    environment: dict[str, Any]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    seconds: float
+    prompts: tuple[str, ...]
+    gate: str
+    quality: Quality
+    floor: Floor
+    free_running: FreeRunning
+    gate_error: GateError
+    comparisons: tuple[Comparison, ...]
+    points: tuple[Point, ...]
+    lossless_same: int
+    drift: Drift | None
+    better: BetterGates | None
+    findings: tuple[str, ...]
+
+    def as_json(self) -> str:
+        """The JSON text, with a line break at its end."""
+        tree = {"schema": SCHEMA, **to_tree(self)}
+        return json.dumps(tree, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def load_audit(path: Path) -> Audit:
+    """Read an audit's JSON file. Raises InvalidRequestError for what is none, or of another version."""
+    try:
+        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise InvalidRequestError(
+            f"cannot be read ({reason})", file=path, remedy="give a file of riverinfer audit --save"
+        ) from exc
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise InvalidRequestError(
+            f"is {schema!r}, not {SCHEMA!r}", file=path, field="schema", remedy="make it anew with riverinfer audit"
+        )
+    try:
+        audit: Audit = from_tree(Audit, data)
+    except (KeyError, TypeError, ValueError) as exc:
+        raise InvalidRequestError(
+            f"is not a whole audit ({type(exc).__name__}: {exc})", file=path, remedy="make it anew"
+        ) from exc
+    return audit

@@ -1,0 +1,110 @@
+"""Everything about one prompt of an audit: each setting over exact's text, exits that are forced, and free running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from riverinfer.evidence.audit import AuditSettings
+from riverinfer.evidence.better_gates import confidence
+from riverinfer.evidence.controls import Trial, run_trial
+from riverinfer.evidence.forced import Text, walk_forced
+from riverinfer.evidence.gate_error import Sampled, exit_depths, sample_errors
+from riverinfer.evidence.quality import Judge, Scored, exact_again
+from riverinfer.evidence.sweep import OTHERS, lossless_text, walk_strategy
+from riverinfer.gates import Gate, SimilarityGate, always
+from riverinfer.river import RiverOptions
+from riverinfer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+
+AUDITED = "audited"
+
+OwnGates = Mapping[str, Callable[[Judge], Gate]]
+"""Gates by name, made for each text; a gate may know what the judge knows of it, exact's own walk."""
+
+
+@dataclass
+class Found:
+    """What was measured, a value a prompt in each list."""
+
+    trials: dict[str, list[Trial]] = field(default_factory=dict)
+    walks: dict[tuple[str, str], list[Scored]] = field(default_factory=dict)  # by family and setting
+    floor: list[tuple[Scored, Scored, float]] = field(default_factory=list)
+    own: list[Scored] = field(default_factory=list)
+    likelihood: list[float] = field(default_factory=list)  # log of exact's perplexity ratio of the two texts
+    free: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
+    repaired: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
+    sampled: list[list[Sampled]] = field(default_factory=list)
+    confidences: list[list[float]] = field(default_factory=list)
+    lossless_same: int = 0
+
+
+def gate_label(options: RiverOptions) -> str:
+    """The audited setting for people."""
+    if options.gate == "similarity":
+        return f"similarity, tau {options.tau:g}" if isinstance(options.tau, (int, float)) else "similarity, calibrated"
+    return f"fixed, {options.min_depth} layers" if options.gate == "fixed" else f"gate {options.gate}"
+
+
+def measure_prompt(
+    engine: Engine,
+    text: Text,
+    index: int,
+    options: RiverOptions,
+    settings: AuditSettings,
+    found: Found,
+    own_gates: OwnGates,
+) -> None:
+    """Add a prompt's figures to ``found``. Raises what ``walk_forced`` and ``Engine.generate`` raise."""
+    judge = Judge(engine, text)
+
+    def note(family: str, setting: str, scored: Scored) -> None:
+        found.walks.setdefault((family, setting), []).append(scored)
+
+    gates: dict[str, Gate] = {AUDITED: options.make_gate()}
+    for tau in settings.taus:
+        label = f"similarity, tau {tau:g}"
+        if label != gate_label(options):
+            gates[label] = SimilarityGate(tau, options.min_depth, options.max_depth)
+    gates |= {name: make(judge) for name, make in own_gates.items()}
+    for name, gate in gates.items():
+        trial = run_trial(judge, gate, shuffles=settings.shuffles, seed=settings.seed + index)
+        found.trials.setdefault(name, []).append(trial)
+    note("exact", "", judge.score(judge.exact))
+    note("repaired", f"every {settings.repair} tokens", judge.walk(options.make_gate(), repair=settings.repair))
+    river = walk_forced(engine, text, always())
+    note("full river", str(engine.river_settings), judge.score(river))
+    found.confidences.append([confidence(row) for row in river.logits])
+    if index < settings.strategy_prompts and not engine.model.rope.scaled_by_length(len(text.prompt + text.answer)):
+        for name, kind in OTHERS.items():
+            note(name, gate_label(options), judge.score(walk_strategy(engine, kind, text, options.make_gate())))
+    scored, same = lossless_text(engine, text)
+    note("lossless", "", scored)
+    found.lossless_same += same
+    if index < settings.floor_prompts:
+        found.floor.append(exact_again(judge))
+    depths = exit_depths(engine.config.num_layers, settings.exits)
+    found.sampled.append(sample_errors(engine, text, index, depths, settings.samples, seed=settings.seed))
+    _run_free(engine, judge, options, settings, found)
+
+
+def _run_free(engine: Engine, judge: Judge, options: RiverOptions, settings: AuditSettings, found: Found) -> None:
+    text = judge.text
+    params = SamplingParams(max_tokens=len(text.answer), ignore_eos=True)
+    for repair, pairs in ((0, found.free), (settings.repair, found.repaired)):
+        how = RiverOptions(options.tau, options.min_depth, options.max_depth, options.gate, repair=repair)
+        output = engine.generate(list(text.prompt), params, mode="river", river=how)
+        pairs.append((text.answer, tuple(output.token_ids)))
+    own = Judge(engine, Text(text.name, text.prompt, tuple(found.free[-1][1])))
+    found.own.append(own.walk(options.make_gate()))
+    found.likelihood.append(_nll(own) - _nll(judge))
+
+
+def _nll(judge: Judge) -> float:
+    """Nats a token that exact finds its text unlikely by."""
+    logits = judge.exact.logits.log_softmax(-1)
+    return -fmean(float(row[token]) for row, token in zip(logits, judge.text.answer[1:], strict=True))

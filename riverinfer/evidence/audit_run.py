@@ -1,0 +1,204 @@
+"""Measure an audit: every prompt through every setting, then long texts, then candidate gates on held-out prompts.
+
+The logits of one text at a time are in memory, float32 [tokens, vocab] for exact and for the walk held against it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from riverinfer.checkpoint import Checkpoint
+from riverinfer.errors import ContextLengthError, InvalidRequestError
+from riverinfer.evidence.audit import Audit, AuditSettings, FreeRunning
+from riverinfer.evidence.audit_prompt import AUDITED, Found, OwnGates, gate_label, measure_prompt
+from riverinfer.evidence.better_gates import (
+    CANDIDATES,
+    BetterGates,
+    Candidate,
+    Example,
+    FittedGate,
+    examples,
+    fit_gate,
+    judged,
+)
+from riverinfer.evidence.controls import Comparison, Trial, compare, run_trial
+from riverinfer.evidence.drift import Drift, sampled_text, summarize_drift, walk_drift
+from riverinfer.evidence.findings import findings
+from riverinfer.evidence.forced import Text, exact_texts
+from riverinfer.evidence.gate_error_summary import summarize_errors
+from riverinfer.evidence.quality import Judge, floor_of, summarize
+from riverinfer.evidence.survival import survival
+from riverinfer.evidence.sweep import Point, mark_front
+from riverinfer.progress import Progress
+from riverinfer.river import RiverOptions
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+
+
+def run_audit(
+    engine: Engine,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    settings: AuditSettings | None = None,
+    *,
+    own_gates: OwnGates | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit the engine's river at its own options (``engine.river_options``), prompts always exact.
+
+    prompts: (text, token ids), at least two. own_gates: further gates by name, judged by the same controls. The engine
+    needs a river, the whole backbone and ``drift.SLOTS`` free sequences.
+    Raises InvalidRequestError for what it lacks, ContextLengthError, before anything is measured, for texts that will
+    not fit, and what ``Engine.generate`` raises.
+    """
+    settings, began = settings or AuditSettings(), time.perf_counter()
+    _check(engine, prompts, settings)
+    layers = engine.config.num_layers
+    options = engine.river_options.limited(layers, engine.model.held_layers)
+    texts = []
+    for number, prompt in enumerate(prompts, 1):
+        texts += exact_texts(engine, [prompt], settings.tokens)
+        _tell(progress, "exact texts", number, len(prompts))
+    found = Found()
+    for index, text in enumerate(texts):
+        measure_prompt(engine, text, index, options, settings, found, own_gates or {})
+        _tell(progress, "prompts", index + 1, len(texts))
+    drift = _drift(engine, prompts, options, settings, progress)
+    better = _better(engine, texts, found, settings, progress) if settings.gates and len(texts) >= 4 else None
+    comparisons = tuple(
+        compare(gate_label(options) if name == AUDITED else name, trials, layers)
+        for name, trials in found.trials.items()
+    )
+    free = FreeRunning(
+        own_text=summarize([[walk] for walk in found.own], layers),
+        same_tokens=fmean(a == b for pair in found.free for a, b in zip(*pair, strict=True)),
+        likelihood_ratio=math.exp(fmean(found.likelihood)),
+        river=survival(found.free),
+        repaired=survival(found.repaired),
+    )
+    audit = Audit(
+        environment=_environment(engine),
+        model=_model(engine),
+        settings={**asdict(settings), "river": str(engine.river_settings), "options": asdict(options)},
+        seconds=time.perf_counter() - began,
+        prompts=tuple(text.name for text in texts),
+        gate=gate_label(options),
+        quality=comparisons[0].gate,
+        floor=floor_of(found.floor, layers),
+        free_running=free,
+        gate_error=summarize_errors([token for tokens in found.sampled for token in tokens]),
+        comparisons=comparisons,
+        points=_points(found, comparisons, layers),
+        lossless_same=found.lossless_same,
+        drift=drift,
+        better=better,
+        findings=(),
+    )
+    return findings(audit)
+
+
+def _check(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], settings: AuditSettings) -> None:
+    if not engine.model.river:
+        raise InvalidRequestError("no river is loaded", field="mode", remedy='load the engine with mode="river"')
+    if engine.model.offloaded:
+        raise InvalidRequestError("needs the whole backbone", field="backbone_layers", remedy="leave it out")
+    if engine.config.num_layers < 2:
+        raise InvalidRequestError("the model has a single layer", remedy="audit a deeper one")
+    if len(prompts) < 2:
+        raise InvalidRequestError("there is only one prompt", field="prompts", remedy="give two, better twenty")
+    longest = max(len(ids) for _, ids in prompts) + max(settings.tokens, settings.drift_tokens)
+    if longest > engine.ctx_size:
+        raise ContextLengthError(
+            f"prompt and text have {longest} tokens, the context {engine.ctx_size}",
+            remedy="ask for fewer tokens or load with a larger --ctx-size (ctx_size)",
+        )
+
+
+def _drift(
+    engine: Engine,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    options: RiverOptions,
+    settings: AuditSettings,
+    progress: Progress | None,
+) -> Drift | None:
+    chosen = prompts[: settings.drift_texts]
+    if not settings.drift_tokens or not chosen:
+        return None
+    walks, total = [], len(chosen) * (settings.drift_tokens - 1)
+    for number, (name, ids) in enumerate(chosen):
+        text = sampled_text(engine, name, ids, settings.drift_tokens, settings.seed + number)
+
+        def on_token(done: int, before: int = number * (settings.drift_tokens - 1)) -> None:
+            _tell(progress, "drift", before + done, total, "tokens")
+
+        walks.append(walk_drift(engine, text, options.make_gate, settings.repair, on_token))
+    return summarize_drift(walks, settings.repair)
+
+
+def _better(
+    engine: Engine, texts: Sequence[Text], found: Found, settings: AuditSettings, progress: Progress | None
+) -> BetterGates | None:
+    """Even prompts calibrate, odd ones judge, at the depth where a gate has most room: nearest half the layers."""
+    calibration, others = list(range(0, len(texts), 2)), list(range(1, len(texts), 2))
+    tokens: list[Example] = [
+        example for index in calibration for example in examples(found.sampled[index], found.confidences[index])
+    ]
+    if len(tokens) < 8:
+        return None
+    layers = engine.config.num_layers
+    depths = [fmean(d for trial in trials for d in trial.gate.depths) for trials in found.trials.values()]
+    wanted = min(depths, key=lambda depth: abs(depth - layers / 2))
+    fits = [fit_gate(name, tokens, wanted) for name in CANDIDATES]
+    trials: dict[str, list[Trial]] = {name: [] for name in CANDIDATES}
+    for done, index in enumerate(others, 1):
+        judge = Judge(engine, texts[index])
+        for fit in fits:
+            trial = run_trial(judge, FittedGate(fit), shuffles=settings.shuffles, seed=settings.seed + index)
+            trials[fit.name].append(trial)
+        _tell(progress, "candidate gates", done, len(others))
+    candidates = [Candidate(fit, wanted, compare(fit.name, trials[fit.name], layers)) for fit in fits]
+    return judged(calibration, others, candidates)
+
+
+def _points(found: Found, comparisons: Sequence[Comparison], layers: int) -> tuple[Point, ...]:
+    points = []
+    for comparison in comparisons:
+        count = len(comparison.gate.kl_by_prompt)
+        depth = f"depth {comparison.gate.mean_depth:.1f}"
+        family, _, setting = comparison.name.partition(", ")
+        points.append(Point(family, setting, comparison.gate, count))
+        points.append(Point("static", depth, comparison.static, count))
+        if comparison.chooses:
+            points.append(Point("shuffled", f"{depth} of {comparison.name}", comparison.shuffled, count))
+    for (family, setting), walks in found.walks.items():
+        points.append(Point(family, setting, summarize([[walk] for walk in walks], layers), len(walks)))
+    return mark_front(points)
+
+
+def _environment(engine: Engine) -> dict[str, object]:
+    from riverinfer.profiling.environment import environment
+
+    return environment(engine.model.device)
+
+
+def _model(engine: Engine) -> dict[str, object]:
+    config = engine.config
+    return {
+        "name": engine.model_dir.resolve().name,
+        "family": config.family,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "parameters": Checkpoint.open(engine.model_dir).parameters,
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+    }
+
+
+def _tell(progress: Progress | None, label: str, done: int, total: int, unit: str = "prompts") -> None:
+    if progress is not None:
+        progress(f"audit: {label}", done, total, unit)

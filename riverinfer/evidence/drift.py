@@ -1,0 +1,184 @@
+"""Drift: does the error grow with the text, as K and V that the river wrote pile up in the cache?
+
+Each token of a long text goes through the gate three times. One step: on a cache that is the backbone's throughout, so
+that only this token's own exit errs. Chained: on the cache that the gate's own earlier steps left. Repaired: the same,
+but the backbone rewrites K and V once R tokens are not exact, before the next token. Chained less one step is what the
+cache's errors cost; repaired, this should fall to zero after every repair and grow until the next (a sawtooth).
+
+The text is drawn from exact mode at temperature 1: so the mean KL is that of the two distributions over texts, a token
+at a time, and the text does not fall into loops, in which any copy of the model would agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from riverinfer.evidence.forced import Text, divergence
+from riverinfer.evidence.statistics import Interval, bootstrap, paired
+from riverinfer.gates import Gate
+from riverinfer.sampling import SamplingParams
+from riverinfer.sequence import TokenSequence
+from riverinfer.trace import Trace
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+
+SLOTS = 3  # sequences that ``walk_drift`` holds at once
+PATHS = ("one_step", "chained", "repaired")
+
+
+@dataclass(frozen=True)
+class DriftWalk:
+    """One long text, T tokens: KL in nats and agreement of each path of ``PATHS`` at each token.
+
+    since_repair: positions before each token whose K and V the repaired path has not made exact. depths: of the chained
+    path.
+    """
+
+    kl: dict[str, tuple[float, ...]]
+    same: dict[str, tuple[bool, ...]]
+    since_repair: tuple[int, ...]
+    depths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DriftBin:
+    """Tokens ``first`` .. ``end`` - 1 of all texts: KL and agreement of each path of ``PATHS``, means over texts.
+
+    from_cache: chained KL less one-step KL, with its interval over texts.
+    """
+
+    first: int
+    end: int
+    kl: dict[str, Interval]
+    agreement: dict[str, float]
+    from_cache: Interval
+
+
+@dataclass(frozen=True)
+class Tooth:
+    """Tokens with ``since_repair`` inexact positions before them: KL of the repaired path and of one step, and the
+    difference with its interval over texts."""
+
+    since_repair: int
+    repaired: float
+    one_step: float
+    from_cache: Interval
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Drift:
+    """tokens: of each of ``texts`` texts. repair: R. growth: from_cache of the last bin less that of the first."""
+
+    tokens: int
+    texts: int
+    repair: int
+    mean_depth: float
+    bins: tuple[DriftBin, ...]
+    sawtooth: tuple[Tooth, ...]
+    growth: Interval
+
+
+def sampled_text(engine: Engine, name: str, ids: Sequence[int], tokens: int, seed: int) -> Text:
+    """``tokens`` tokens of exact mode at temperature 1, past any end of text. Raises what ``generate`` raises."""
+    params = SamplingParams(temperature=1.0, seed=seed, max_tokens=tokens, ignore_eos=True)
+    return Text(name, tuple(ids), tuple(engine.generate(list(ids), params, mode="exact").token_ids))
+
+
+def walk_drift(
+    engine: Engine,
+    text: Text,
+    make_gate: Callable[[], Gate],
+    repair: int,
+    on_token: Callable[[int], None] | None = None,
+) -> DriftWalk:
+    """Needs ``SLOTS`` free slots, else NoFreeSlotError. ``on_token`` is called with how many tokens are done."""
+    sequences = [TokenSequence(engine.model, engine.ctx_size) for _ in range(SLOTS)]
+    exact, chained, repaired = sequences
+    gates = [make_gate() for _ in range(SLOTS)]
+    kl: dict[str, list[float]] = {path: [] for path in PATHS}
+    same: dict[str, list[bool]] = {path: [] for path in PATHS}
+    since, depths = [], []
+    try:
+        for sequence in sequences:
+            engine.slots.acquire(sequence)
+            engine.extend(sequence, text.prompt)
+        for number, token in enumerate(text.answer[:-1], 1):
+            if len(repaired.tokens) - repaired.exact >= repair:
+                with engine.stepping():
+                    repaired.repair(token)
+            since.append(len(repaired.tokens) - repaired.exact)
+            trace = Trace()
+            # The draft's K and V are overwritten by the exact step after it.
+            rows: dict[str, Tensor] = {"one_step": engine.draft(exact, token, 0, gate=gates[0])}
+            wanted = engine.extend(exact, [token])
+            rows["chained"] = engine.extend(chained, [token], gate=gates[1], trace=trace)
+            rows["repaired"] = engine.extend(repaired, [token], gate=gates[2])
+            depths.append(trace.depth)
+            for path, logits in rows.items():
+                kl[path].append(max(0.0, float(divergence(wanted, logits))))
+                same[path].append(int(wanted.argmax()) == int(logits.argmax()))
+            if on_token is not None:
+                on_token(number)
+    finally:
+        for sequence in sequences:
+            engine.slots.release(sequence, keep=False)
+    return DriftWalk(
+        {path: tuple(values) for path, values in kl.items()},
+        {path: tuple(values) for path, values in same.items()},
+        tuple(since),
+        tuple(depths),
+    )
+
+
+def summarize_drift(walks: Sequence[DriftWalk], repair: int, bins: int = 8) -> Drift:
+    """``walks``: of texts of one length, at least one."""
+    length = len(walks[0].depths)
+    bins = min(bins, length)
+    edges = [i * length // bins for i in range(bins + 1)]
+    first, last = (_from_cache(walks, *edges[i : i + 2]) for i in (0, bins - 1))
+    return Drift(
+        tokens=length,
+        texts=len(walks),
+        repair=repair,
+        mean_depth=fmean(depth for walk in walks for depth in walk.depths),
+        bins=tuple(_bin(walks, low, high) for low, high in pairwise(edges)),
+        sawtooth=tuple(_teeth(walks)),
+        growth=paired(last, first),
+    )
+
+
+def _from_cache(walks: Sequence[DriftWalk], low: int, high: int) -> list[float]:
+    return [fmean(walk.kl["chained"][low:high]) - fmean(walk.kl["one_step"][low:high]) for walk in walks]
+
+
+def _bin(walks: Sequence[DriftWalk], low: int, high: int) -> DriftBin:
+    return DriftBin(
+        low,
+        high,
+        kl={path: bootstrap([fmean(walk.kl[path][low:high]) for walk in walks]) for path in PATHS},
+        agreement={path: fmean(fmean(walk.same[path][low:high]) for walk in walks) for path in PATHS},
+        from_cache=bootstrap(_from_cache(walks, low, high)),
+    )
+
+
+def _teeth(walks: Sequence[DriftWalk]) -> list[Tooth]:
+    """By ``since_repair``, for those numbers that every text has."""
+    common = set.intersection(*(set(walk.since_repair) for walk in walks))
+    teeth = []
+    for since in sorted(common):
+        at = [[i for i, each in enumerate(walk.since_repair) if each == since] for walk in walks]
+        repaired, one_step = (
+            [fmean(walk.kl[path][i] for i in places) for walk, places in zip(walks, at, strict=True)]
+            for path in ("repaired", "one_step")
+        )
+        tokens = sum(len(places) for places in at)
+        teeth.append(Tooth(since, fmean(repaired), fmean(one_step), paired(repaired, one_step), tokens))
+    return teeth

@@ -1,0 +1,83 @@
+"""The prompts of an audit or a calibration: the user's file, or a built-in sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from riverinfer.chat_template import load_templates
+from riverinfer.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+
+SAMPLE = (
+    "Explain how a river shapes the land it flows through.",
+    "Write a Python function that counts the words in a text.",
+    "What should I pack for three days in the mountains?",
+    "Tell me a short story about a lighthouse keeper.",
+    "Summarise the plot of Romeo and Juliet in three sentences.",
+    "How does a bicycle stay upright?",
+    "Write an email that asks for a day off.",
+    "List the planets of the solar system with one fact each.",
+    "Why do leaves change colour in autumn?",
+    "Describe how to make a simple vegetable soup.",
+    "What is the difference between a comet and an asteroid?",
+    "Give me five ideas for a birthday party.",
+    "A shop sells pens at 3 for 2 euros. What do 18 pens cost? Explain step by step.",
+    "Translate into French: The train to Lyon leaves at nine.",
+    "What does a SQL join do? Give an example.",
+    "Erkläre kurz, warum der Himmel blau ist.",
+)
+_KEYS = ("prompt", "text", "question")
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The texts of a file: ``.jsonl`` has an object with "prompt" (or "text", "question") or a string a line, anything
+    else a prompt a line; blank lines are left out. None: the built-in sample.
+
+    Raises InvalidRequestError naming file and line.
+    """
+    if path is None:
+        return list(SAMPLE)
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as exc:
+        raise InvalidRequestError("is not UTF-8 text", file=path, remedy="give a text or JSONL file") from exc
+    except (OSError, RuntimeError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise InvalidRequestError(f"cannot be read ({reason})", file=path, remedy="check the path") from exc
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InvalidRequestError("has no prompts", file=path, remedy="put a prompt on each line")
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        return [line for _, line in numbered]
+    return [_prompt(path, number, line) for number, line in numbered]
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as exc:
+        raise InvalidRequestError(f"line {number} is not JSON ({exc})", file=path, remedy="one object a line") from exc
+    if isinstance(value, dict):
+        value = next((value[key] for key in _KEYS if key in value), None)
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidRequestError(
+            f"line {number} has no prompt", file=path, field=_KEYS[0], remedy=f'give a text as "{_KEYS[0]}"'
+        )
+    return value
+
+
+def prompt_ids(engine: Engine, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Each prompt with its ids: one user message under the model's chat template, or bare text without one."""
+    if not load_templates(engine.model_dir):
+        return [(text, engine.encode_prompt(text)) for text in texts]
+    session = engine.session()
+    found = []
+    for text in texts:
+        shown = session.prompt_text([{"role": "user", "content": text}])
+        found.append((text, engine.check_ids(engine.tokenizer.encode(shown, add_special_tokens=False))))
+    return found

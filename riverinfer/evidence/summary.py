@@ -1,0 +1,124 @@
+"""An audit as text for a terminal: what it found in sentences, then tables."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from riverinfer.evidence.audit import Audit
+from riverinfer.evidence.drift import PATHS, Drift
+from riverinfer.evidence.findings import shown
+from riverinfer.evidence.gate_error_summary import GateError
+
+Rows = list[list[str]]
+
+
+def terminal(audit: Audit, *, width: int = 100) -> str:
+    """What ``riverinfer audit`` prints, with a line break at its end. ``width`` wraps sentences; tables keep theirs."""
+    settings, model = audit.settings, audit.model
+    head = (
+        f"Audit of {model['name']} ({model['layers']} layers, {model['dtype']}), river {settings['river']},"
+        f" {audit.gate}; {len(audit.prompts)} prompts x {settings['tokens']} tokens, {audit.seconds:.0f} s."
+        " In brackets 95 % intervals, bootstrap over prompts."
+    )
+    blocks = [textwrap.wrap(head, width)]
+    blocks.append([line for finding in audit.findings for line in _bullet(finding, width)])
+    blocks.append(["Quality against speed, teacher-forced (* on the front)", *_table(_points(audit))])
+    blocks.append(["Gates against their controls: KL of the control less the gate's", *_table(_controls(audit))])
+    blocks.append(["Errors that exits cause, by depth (r: Pearson of similarity with it)", *_table(_errors(audit))])
+    if audit.drift is not None:
+        blocks.append(
+            [f"Drift over {audit.drift.tokens} tokens, {audit.drift.texts} texts", *_table(_drift(audit.drift))]
+        )
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def _bullet(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text + ".", width, initial_indent="- ", subsequent_indent="  ")
+
+
+def _table(rows: Rows) -> list[str]:
+    """The first row heads; the first column is flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def _points(audit: Audit) -> Rows:
+    rows = [["", "depth", "KL", "top-1 %", "perplexity x", "tokens/s"]]
+    for point in sorted(audit.points, key=lambda point: -point.quality.tokens_per_s):
+        quality = point.quality
+        name = f"{'*' if point.front else ' '} {point.family}{', ' if point.setting else ''}{point.setting}"
+        few = "" if point.prompts == len(audit.prompts) else f" ({point.prompts} prompts)"
+        rows.append(
+            [
+                name + few,
+                f"{quality.mean_depth:.1f}",
+                shown(quality.kl, 3),
+                f"{quality.agreement.mean * 100:.1f}",
+                f"{quality.perplexity_ratio.mean:.3f}",
+                f"{quality.tokens_per_s:.0f}",
+            ]
+        )
+    return rows
+
+
+def _controls(audit: Audit) -> Rows:
+    rows = [["gate", "depth", "KL", "shuffled less it", "static less it"]]
+    held_out = [candidate.comparison for candidate in audit.better.candidates] if audit.better is not None else []
+    named = [(each.name, each) for each in audit.comparisons] + [(f"{each.name}, held out", each) for each in held_out]
+    for name, each in named:
+        rows.append(
+            [
+                name,
+                f"{each.gate.mean_depth:.1f}",
+                f"{each.gate.kl.mean:.4f}",
+                shown(each.over_shuffled) if each.chooses else "the same",
+                shown(each.over_static) if each.chooses else "the same",
+            ]
+        )
+    return rows
+
+
+def _errors(audit: Audit) -> Rows:
+    found: GateError = audit.gate_error
+    names = ("k_cosine", "v_cosine", "v_l2", "v_norm")
+    rows = [["depth", "similarity", "KL", *(name.replace("_", " ") for name in names), "r KL", "r last V cosine"]]
+    for depth in sorted({exit.depth for exit in found.exits}):
+        exits = [exit for exit in found.exits if exit.depth == depth]
+        r = {c.error: c.pearson for c in found.correlations if c.depth == depth}
+        rows.append(
+            [
+                str(depth),
+                _mean([exit.similarity for exit in exits]),
+                _mean([exit.kl for exit in exits]),
+                *(_mean([getattr(exit.error, name) for exit in exits]) for name in names),
+                *("-" if r[name] is None else f"{r[name]:.2f}" for name in ("kl", "last_v_cosine")),
+            ]
+        )
+    return rows
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3f}"
+
+
+def _drift(drift: Drift) -> Rows:
+    rows = [
+        [
+            "tokens",
+            *(f"KL {path.replace('_', ' ')}" for path in PATHS),
+            *(f"top-1 % {path.replace('_', ' ')}" for path in PATHS),
+        ]
+    ]
+    parts = (
+        [
+            f"{part.first}..{part.end - 1}",
+            *(f"{part.kl[path].mean:.4f}" for path in PATHS),
+            *(f"{part.agreement[path] * 100:.1f}" for path in PATHS),
+        ]
+        for part in drift.bins
+    )
+    return [*rows, *parts]

@@ -1,0 +1,150 @@
+"""Which tau keeps the river's disagreement with exact mode below a bound, shown on prompts.
+
+Not ``riverinfer.calibration``, which is about the channel scales of awq rivers. The unit is the prompt: tokens of one
+answer depend on each other, prompts are taken to be independent draws from those of later use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from riverinfer.checkpoint import Checkpoint
+from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
+from riverinfer.evidence.certificate import Certificate, Setting, identities
+from riverinfer.evidence.forced import Text, exact_texts, walk_forced
+from riverinfer.evidence.learn_then_test import betting_p_value, fixed_sequence
+from riverinfer.evidence.prompts import prompt_ids
+from riverinfer.progress import Progress
+from riverinfer.sampling import check_integer
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+
+# Dense where layers of usual models change the state by a few percent. At -1 every token leaves after min_depth layers.
+GRID = (0.9999, 0.999, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5, -1.0)
+HORIZON = 64
+
+
+def check_bounds(epsilon: float, delta: float, horizon: int) -> None:
+    """Raise InvalidRequestError for a bound or a probability outside (0, 1), or a horizon below 1."""
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        if not 0 < value < 1:
+            raise InvalidRequestError(f"is {value!r}", field=name, remedy="give a number above 0 and below 1")
+    check_integer("horizon", horizon, 1)
+
+
+def calibrate_tau(
+    engine: Engine,
+    prompts: Sequence[str],
+    *,
+    epsilon: float,
+    delta: float,
+    horizon: int = HORIZON,
+    grid: Sequence[float] = GRID,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Find the loosest tau of ``grid`` (strict to loose) whose risk is below ``epsilon``, wrong with ``delta``.
+
+    The loss of a prompt: of the first ``horizon`` tokens that exact mode says greedily after its answer's first, up to
+    the end of text, the share at which the river's likeliest token is another. The exact text is walked token by token
+    (``walk_forced``), so what left early is read by all later tokens. Settings are tested by ``fixed_sequence``; those
+    after the first that is not certified are not walked. All prompts count, in their order.
+
+    The engine must be in river mode with the similarity gate, exact prompts and the whole backbone; its other options
+    are those that the certificate is about. Steps of ``progress``: "Exact answers" and, for each setting, "tau T", in
+    prompts. Warns, with RiverinferWarning, of prompts that are copies.
+    Raises InvalidRequestError for other engines or bad values, ContextLengthError for a prompt that does not fit,
+    WeightsError if the river is no longer there.
+    """
+    check_bounds(epsilon, delta, horizon)
+    _check_grid(grid)
+    options, settings = engine.river_options, engine.river_settings
+    fits = options.gate == "similarity" and options.prefill == "exact" and not engine.model.offloaded
+    if engine.mode != "river" or settings is None or not fits:
+        raise InvalidRequestError(
+            "needs river mode with the similarity gate, exact prompts and the whole backbone",
+            field="calibration",
+            remedy='load with mode="river", without gate, prefill and backbone_layers',
+        )
+    known = identities(Checkpoint.open(engine.model_dir), settings)
+    texts = _answers(engine, prompts, horizon, progress)
+    tested: list[Setting] = []
+
+    def p_values() -> Iterator[float]:
+        for tau in grid:
+            losses, depth = _walk(engine, texts, tau, progress)
+            p_value = float(betting_p_value(losses, epsilon, delta))
+            tested.append(Setting(float(tau), depth, float(np.mean(losses)), p_value))
+            yield p_value
+
+    last = fixed_sequence(p_values(), delta)
+    return Certificate(
+        tau=None if last is None else float(grid[last]),
+        epsilon=epsilon,
+        delta=delta,
+        prompts=len(prompts),
+        horizon=horizon,
+        grid=tuple(float(tau) for tau in grid),
+        tested=tuple(tested),
+        prompts_hash=hashlib.sha256("".join(f"{text}\n" for text in prompts).encode()).hexdigest(),
+        conditions=engine.river_conditions,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **known,
+    )
+
+
+def _check_grid(grid: Sequence[float]) -> None:
+    falling = all(after < before for before, after in pairwise(grid))
+    if not grid or not falling or not all(-1 <= tau <= 1 for tau in grid):
+        raise InvalidRequestError(f"is {grid!r}", field="grid", remedy="give falling numbers from 1 to -1")
+
+
+def _answers(engine: Engine, prompts: Sequence[str], horizon: int, progress: Progress | None) -> list[Text]:
+    """Exact mode's answers, each at most ``horizon`` + 1 tokens, its end of text included."""
+    copies = len(prompts) - len(set(prompts))
+    if copies:
+        message = f"{copies} of {len(prompts)} prompts are copies of others: sound only if those of later use repeat so"
+        warnings.warn(message, RiverinferWarning, stacklevel=3)
+    encoded = prompt_ids(engine, prompts)
+    for number, (_, ids) in enumerate(encoded, 1):
+        if len(ids) + horizon + 1 > engine.ctx_size:
+            raise ContextLengthError(
+                f"prompt {number} has {len(ids)} tokens, with {horizon + 1} of answer more than the context"
+                f" ({engine.ctx_size})",
+                remedy="leave it out, or raise --ctx-size (ctx_size) or lower --horizon (horizon)",
+            )
+    ends = {*engine.generation_config.eos_token_ids, engine.tokenizer.eos_token_id}
+    texts = []
+    for number, prompt in enumerate(encoded, 1):
+        (text,) = exact_texts(engine, [prompt], horizon + 1)
+        end = next((i for i, token in enumerate(text.answer, 1) if token in ends), len(text.answer))
+        texts.append(replace(text, answer=text.answer[:end]))
+        if progress is not None:
+            progress("Exact answers", number, len(encoded), "prompts")
+    return texts
+
+
+def _walk(engine: Engine, texts: list[Text], tau: float, progress: Progress | None) -> tuple[list[float], float]:
+    """Each text's loss at ``tau``, and the mean depth of all tokens. An answer of one token has no loss."""
+    options = replace(engine.river_options, tau=tau).limited(engine.config.num_layers, engine.model.held_layers)
+    losses: list[float] = []
+    depths: list[int] = []
+    for number, text in enumerate(texts, 1):
+        differ: list[bool] = []
+        if len(text.answer) > 1:
+            walked = walk_forced(engine, text, options.make_gate(), repair=options.repair)
+            said = walked.logits[:, : engine.tokenizer.vocab_size].argmax(-1).tolist()
+            differ = [ours != exact for ours, exact in zip(said, text.answer[1:], strict=True)]
+            depths += walked.depths
+        losses.append(sum(differ) / max(1, len(differ)))
+        if progress is not None:
+            progress(f"tau {tau:g}", number, len(texts), "prompts")
+    return losses, float(np.mean(depths)) if depths else float(engine.config.num_layers)

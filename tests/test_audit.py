@@ -1,0 +1,179 @@
+"""A whole audit, through the library and the command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from audit_models import blind, load, planted, prompts
+from golden_models import ROOT
+
+from riverinfer import Engine
+from riverinfer.cli import main
+from riverinfer.errors import ContextLengthError, InvalidRequestError
+from riverinfer.evidence.audit import SCHEMA, Audit, AuditSettings, load_audit
+from riverinfer.evidence.audit_run import run_audit
+from riverinfer.evidence.summary import terminal
+from riverinfer.evidence.sweep import OTHERS
+
+SETTINGS = AuditSettings(tokens=16, taus=(0.9,), samples=6, strategy_prompts=2, floor_prompts=1, drift_tokens=24)
+RIVER = ["--device", "cpu", "--dtype", "float32", "--river-bits", "4", "--river-group", "32", "--river-method", "rtn"]
+SMALL = ["-c", "128", "--tokens", "6", "--drift-tokens", "12", "--repair", "4", *RIVER]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with load(tau=0.5) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def audit(engine: Engine) -> Audit:
+    return run_audit(engine, prompts(8), SETTINGS, own_gates={"planted": planted, "coin": blind})
+
+
+def test_the_report_tells_a_gate_that_knows_from_a_coin(audit: Audit) -> None:
+    by_name = {comparison.name: comparison for comparison in audit.comparisons}
+    assert list(by_name) == ["similarity, tau 0.5", "similarity, tau 0.9", "planted", "coin"]
+    assert by_name["planted"].beats_shuffled
+    assert not by_name["coin"].beats_shuffled
+    shown = " ".join(terminal(audit, width=10_000).split())
+    assert "Planted (mean depth 2.6) beats shuffled depths" in shown
+    assert "does not beat shuffled depths" in next(line for line in audit.findings if line.startswith("Coin"))
+
+
+def test_points_have_every_family_and_a_front(audit: Audit) -> None:
+    families = {point.family for point in audit.points}
+    wanted = {"exact", "lossless", "similarity", "static", "shuffled", "repaired", "full river", *OTHERS}
+    assert wanted <= families
+    by_family = {point.family: point for point in audit.points}
+    assert by_family["exact"].quality.kl.mean == by_family["lossless"].quality.kl.mean == 0
+    assert by_family["full river"].quality.mean_depth == 0
+    assert by_family["full river"].quality.kl.mean > by_family["static"].quality.kl.mean
+    assert {point.prompts for point in audit.points if point.family in OTHERS} == {2}
+    front = [point for point in audit.points if point.front]
+    for point in audit.points:
+        quality = point.quality
+        closer = [p for p in front if p.quality.kl.mean <= quality.kl.mean]
+        assert any(p.quality.tokens_per_s >= quality.tokens_per_s for p in closer)
+    ordered = sorted(front, key=lambda point: point.quality.tokens_per_s)
+    assert all(a.quality.kl.mean <= b.quality.kl.mean for a, b in pairwise(ordered))
+
+
+def test_it_is_whole(audit: Audit) -> None:
+    assert audit.lossless_same == 8
+    assert audit.quality == audit.comparisons[0].gate
+    assert len(audit.gate_error.exits) == 8 * 6 * 4
+    assert audit.drift is not None
+    assert (audit.drift.tokens, audit.drift.texts) == (23, 2)
+    assert "too few to call it growth" in " ".join(audit.findings)
+    assert audit.better is not None
+    assert set(audit.better.calibration) & set(audit.better.judged) == set()
+    assert audit.better.verdict.capitalize() in [line.capitalize() for line in audit.findings]
+    free = audit.free_running
+    assert len(free.river.share) == SETTINGS.tokens
+    assert free.river.share[0] == 1  # the first token comes with the exact prompt
+    assert 0 < free.same_tokens < 1
+    assert free.likelihood_ratio > 1
+
+
+def test_json_and_back(audit: Audit, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(audit.as_json())
+    assert json.loads(path.read_text())["schema"] == SCHEMA == "riverinfer.audit/1"
+    again = load_audit(path)
+    assert again.as_json() == audit.as_json()
+    assert replace(again, settings={}) == replace(audit, settings={})
+    assert terminal(again) == terminal(audit)
+
+
+def test_a_value_that_is_no_number_becomes_null(audit: Audit, tmp_path: Path) -> None:
+    exits = (replace(audit.gate_error.exits[0], similarity=float("nan")), *audit.gate_error.exits[1:])
+    path = tmp_path / "a.json"
+    path.write_text(replace(audit, gate_error=replace(audit.gate_error, exits=exits)).as_json())
+    assert json.loads(path.read_text())["gate_error"]["exits"][0]["similarity"] is None
+    assert load_audit(path).gate_error.exits[0].similarity != load_audit(path).gate_error.exits[0].similarity
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("[", "cannot be read"), ('{"schema": "x"}', "is 'x'"), (json.dumps({"schema": SCHEMA}), "not a whole audit")],
+)
+def test_other_files_are_refused(content: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(InvalidRequestError, match=problem):
+        load_audit(path)
+
+
+def test_what_cannot_be_audited(engine: Engine) -> None:
+    with pytest.raises(InvalidRequestError, match="only one prompt"):
+        run_audit(engine, prompts(1), SETTINGS)
+    with pytest.raises(ContextLengthError, match="309 tokens, the context 256"):
+        run_audit(engine, prompts(2), replace(SETTINGS, drift_tokens=300))
+    with load(mode="exact") as exact, pytest.raises(InvalidRequestError, match="no river"):
+        run_audit(exact, prompts(2), SETTINGS)
+    with load(backbone_layers=3) as part, pytest.raises(InvalidRequestError, match="whole backbone"):
+        run_audit(part, prompts(2), SETTINGS)
+    for bad in ({"tokens": 3}, {"repair": 0}, {"drift_tokens": 3}, {"shuffles": 0}):
+        with pytest.raises(InvalidRequestError):
+            AuditSettings(**bad)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = tmp_path / "p.jsonl"
+    asked.write_text('{"prompt": "Once"}\n{"prompt": "upon a"}\n"time"\n')
+    saved = tmp_path / "a.json"
+    flags = ["--prompts", str(asked), "--save", str(saved), "--tau", "0.9", *SMALL]
+    assert main(["audit", str(ROOT / "llama"), *flags]) == 0
+    printed = capsys.readouterr().out
+    audit = load_audit(saved)
+    assert audit.gate == "similarity, tau 0.9"
+    assert audit.prompts == ("Once", "upon a", "time")
+    assert (audit.settings["river"], audit.settings["repair"], audit.better) == ("w4g32-rtn", 4, None)
+    assert "too few prompts" in " ".join(printed.split())
+    for text in ("similarity, tau 0.98", "static, depth", "KL chained", "r last V cosine"):
+        assert text in printed
+    quiet = [*flags[2:], "--json", "--no-gates", "--drift-tokens", "0", "--prompts", str(asked)]
+    assert main(["audit", str(ROOT / "llama"), *quiet]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["drift"] is None
+    assert found["schema"] == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--prefill", "last"], "--prefill has no effect here"),
+        (["--backbone-layers", "2"], "--backbone-layers has no effect here"),
+        (["--save", "nowhere/a.json"], "there is no such folder"),
+        (["--save", "a.txt"], "cannot tell the format"),
+        (["--prompts", "none.txt"], "none.txt: cannot be read"),
+        (["--tokens", "1"], "tokens"),
+        (["--repair", "0"], "repair"),
+    ],
+)
+def test_the_command_refuses_before_it_loads(
+    flags: list[str], problem: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("riverinfer.cli.audit.load_engine", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["audit", str(ROOT / "llama"), *flags]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_the_page_is_drawn_from_the_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``report_html`` gets the audit; that the page shows it is tested with the page."""
+    drawn = types.ModuleType("riverinfer.evidence.report")
+    drawn.report_html = lambda audit: f"<html>{audit.gate}"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "riverinfer.evidence.report", drawn)
+    asked, page = tmp_path / "p.txt", tmp_path / "a.html"
+    asked.write_text("Once\nupon\n")
+    flags = ["--prompts", str(asked), "--report", str(page), *SMALL, "--drift-tokens", "0"]
+    assert main(["audit", str(ROOT / "llama"), *flags]) == 0
+    assert page.read_text() == "<html>similarity, tau 0.5"

