@@ -27,7 +27,7 @@ from riverinfer.evidence.certificate import (
     store_certificate,
 )
 from riverinfer.evidence.forced import Text, Walked, exact_texts, walk_forced
-from riverinfer.evidence.learn_then_test import betting_p_value, fewest_prompts
+from riverinfer.evidence.learn_then_test import betting_p_value, drawn_order, fewest_prompts
 from riverinfer.evidence.prompts import prompt_ids
 from riverinfer.evidence.tau_calibration import GRID, calibrate_tau
 from riverinfer.gates import Gate
@@ -108,7 +108,8 @@ def test_losses_are_disagreements_with_exact(engine: Engine) -> None:
     assert found.tested[0].mean_loss == pytest.approx(np.mean(losses))
     assert 0 < found.tested[0].mean_loss < 1
     assert found.tested[0].mean_depth == 1
-    assert found.tested[0].p_value == float(betting_p_value(losses, LOOSE["epsilon"], DELTA))
+    tested = np.asarray(losses)[drawn_order(len(losses), found.prompts_hash)]
+    assert found.tested[0].p_value == float(betting_p_value(tested, LOOSE["epsilon"], DELTA))
 
 
 def test_looser_settings_are_not_walked_once_one_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from riverinfer.errors import InvalidRequestError
-from riverinfer.evidence.learn_then_test import betting_p_value, fewest_prompts, fixed_sequence, least_bound
+from riverinfer.evidence.learn_then_test import (
+    betting_p_value,
+    drawn_order,
+    fewest_prompts,
+    fixed_sequence,
+    least_bound,
+)
 
 Draw = Callable[[np.random.Generator, float, Any], NDArray[np.float64]]
 EPSILON, DELTA = 0.1, 0.05
@@ -124,3 +130,24 @@ def test_an_off_by_one_in_the_stopping_rule_breaks_it(splits: NDArray[np.float64
 @pytest.mark.parametrize("splits", ["all or nothing"], indirect=True)
 def test_going_on_after_a_setting_that_failed_breaks_it(splits: NDArray[np.float64]) -> None:
     assert violations(splits, loosest_rejected) > most(DELTA, SPLITS)
+
+
+def test_a_sorted_file_certifies_nothing_false() -> None:
+    """The easy prompts first: along the file the capital grows before the others come."""
+    losses = np.r_[np.zeros(200), np.ones(800)]
+    assert betting_p_value(losses, 0.02, 0.05) < 0.05
+    for seed in range(50):
+        order = drawn_order(len(losses), f"{seed:x}")
+        assert sorted(order) == list(range(len(losses)))
+        assert betting_p_value(losses[order], 0.02, 0.05) > 0.05
+
+
+def test_sorted_draws_keep_the_level() -> None:
+    """True risk at epsilon: sorted files are rejected as seldom as promised once their order is drawn."""
+    rng, rejected, plain = np.random.default_rng(3), 0, 0
+    for trial in range(400):
+        losses = np.sort(rng.binomial(64, 0.1, 200) / 64)
+        rejected += bool(betting_p_value(losses[drawn_order(200, f"{trial:x}")], 0.1, 0.1) <= 0.1)
+        plain += bool(betting_p_value(losses, 0.1, 0.1) <= 0.1)
+    assert rejected / 400 <= 0.1 + 2 * (0.1 * 0.9 / 400) ** 0.5
+    assert plain / 400 > 0.5

@@ -228,7 +228,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='a prompt a line, or .jsonl with "prompt"; all are used, in their order (default: a built-in sample, too'
+        help='a prompt a line, or .jsonl with "prompt"; all are used (default: a built-in sample, too'
         " small to certify a small disagreement)",
     )
     group.add_argument(

@@ -49,6 +49,15 @@ def betting_p_value(losses: ArrayLike, epsilon: float, delta: float) -> NDArray[
     return np.exp(-np.maximum(capital.max(-1), 0.0))
 
 
+def drawn_order(count: int, text_hash: str) -> NDArray[np.int64]:
+    """A permutation of ``count`` losses that depends on ``text_hash``, hexadecimal, alone: int64 [count].
+
+    ``betting_p_value`` wants draws in no order of their own. The same prompts are always tested in the same order, so
+    that nobody can draw until one passes.
+    """
+    return np.random.default_rng(int(text_hash, 16)).permutation(count)
+
+
 def fixed_sequence(p_values: Iterable[float], delta: float) -> int | None:
     """Index of the last p-value that is rejected (at most ``delta``) before the first that is not; None without one.
 

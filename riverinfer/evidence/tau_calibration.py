@@ -20,7 +20,7 @@ from riverinfer.checkpoint import Checkpoint
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
 from riverinfer.evidence.certificate import Certificate, Setting, identities
 from riverinfer.evidence.forced import Text, exact_texts, walk_forced
-from riverinfer.evidence.learn_then_test import betting_p_value, fixed_sequence
+from riverinfer.evidence.learn_then_test import betting_p_value, drawn_order, fixed_sequence
 from riverinfer.evidence.prompts import prompt_ids
 from riverinfer.progress import Progress
 from riverinfer.sampling import check_integer
@@ -56,7 +56,8 @@ def calibrate_tau(
     The loss of a prompt: of the first ``horizon`` tokens that exact mode says greedily after its answer's first, up to
     the end of text, the share at which the river's likeliest token is another. The exact text is walked token by token
     (``walk_forced``), so what left early is read by all later tokens. Settings are tested by ``fixed_sequence``; those
-    after the first that is not certified are not walked. All prompts count, in their order.
+    after the first that is not certified are not walked. All prompts count. Their losses are tested in an order drawn
+    by a hash of the prompts: the test looks along a sequence, and a file that is sorted by difficulty is none of draws.
 
     The engine must be in river mode with the similarity gate, exact prompts and the whole backbone; its other options
     are those that the certificate is about. Steps of ``progress``: "Exact answers" and, for each setting, "tau T", in
@@ -77,11 +78,13 @@ def calibrate_tau(
     known = identities(Checkpoint.open(engine.model_dir), settings)
     texts = _answers(engine, prompts, horizon, progress)
     tested: list[Setting] = []
+    prompts_hash = hashlib.sha256("".join(f"{text}\n" for text in prompts).encode()).hexdigest()
+    order = drawn_order(len(texts), prompts_hash)
 
     def p_values() -> Iterator[float]:
         for tau in grid:
             losses, depth = _walk(engine, texts, tau, progress)
-            p_value = float(betting_p_value(losses, epsilon, delta))
+            p_value = float(betting_p_value(np.asarray(losses)[order], epsilon, delta))
             tested.append(Setting(float(tau), depth, float(np.mean(losses)), p_value))
             yield p_value
 
@@ -94,7 +97,7 @@ def calibrate_tau(
         horizon=horizon,
         grid=tuple(float(tau) for tau in grid),
         tested=tuple(tested),
-        prompts_hash=hashlib.sha256("".join(f"{text}\n" for text in prompts).encode()).hexdigest(),
+        prompts_hash=prompts_hash,
         conditions=engine.river_conditions,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **known,
