@@ -173,8 +173,8 @@ class Candidate:
 @dataclass(frozen=True)
 class BetterGates:
     """calibration, judged: indices of the prompts. kept: names of those that beat shuffled depths beyond their
-    interval (by luck alone each does so once in forty); the plain "similarity" is there for comparison, at the same
-    depth, and is never among them."""
+    interval (with few prompts more do by luck than one in forty); the plain "similarity" is there for comparison, at
+    the same depth, and is never among them."""
 
     calibration: tuple[int, ...]
     judged: tuple[int, ...]
