@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from riverinfer.evidence.prompts import SAMPLE
+
 # For figures that are averaged over prompts, with an interval over them.
-PROMPTS = [
-    "Explain how a river shapes the land it flows through.",
-    "Write a Python function that counts the words in a text.",
-    "What should I pack for three days in the mountains?",
-    "Tell me a short story about a lighthouse keeper.",
-    "Summarise the plot of Romeo and Juliet in three sentences.",
-    "How does a bicycle stay upright?",
-    "Write an email that asks for a day off.",
-    "List the planets of the solar system with one fact each.",
-    "Why do leaves change colour in autumn?",
-    "Describe how to make a simple vegetable soup.",
-    "What is the difference between a comet and an asteroid?",
-    "Give me five ideas for a birthday party.",
-]
+PROMPTS = list(SAMPLE[:12])
 
 TEXT = (
     "The harbour of Vestermund was built in 1874, when the herring came so close to the coast that children caught "

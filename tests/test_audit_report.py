@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from self_contained import assert_self_contained
 
 from riverinfer.evidence.audit import Audit, FreeRunning
 from riverinfer.evidence.better_gates import Candidate, GateFit, judged
@@ -155,21 +155,6 @@ def text(audit: Audit) -> str:
 @pytest.fixture(scope="module")
 def page(text: str) -> Page:
     return Page(text)
-
-
-def assert_self_contained(page: Page, text: str) -> None:
-    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "img", "iframe", "object", "image", "base"})
-    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    for _, attrs in page.elements:
-        assert not any(key.startswith("on") for key in attrs)
-        for key, value in attrs.items():
-            links = re.findall(r"url\(\s*['\"]?([^)]*)\)", value) + ([value] if key in ("href", "src") else [])
-            assert all(link.startswith("#") and link[1:] in ids for link in links)
-    assert "://" not in text
-    assert "@import" not in text
-    assert "\x00" not in text
-    text.encode("utf-8")
 
 
 def test_one_page_that_needs_nothing_else(page: Page, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import fake_profiles
 import pytest
+from self_contained import assert_self_contained
 
 from riverinfer.errors import InvalidRequestError
 from riverinfer.profiling import figures as drawings
@@ -89,21 +90,6 @@ def svg(markup: str) -> ET.Element:
 
 def points(element: ET.Element) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", element.get("d", ""))]
-
-
-def assert_self_contained(page: Page, text: str) -> None:
-    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "img", "iframe", "object", "image", "base"})
-    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    for _, attrs in page.elements:
-        assert not any(key.startswith("on") for key in attrs)
-        for key, value in attrs.items():
-            links = re.findall(r"url\(\s*['\"]?([^)]*)\)", value) + ([value] if key in ("href", "src") else [])
-            assert all(link.startswith("#") and link[1:] in ids for link in links)
-    assert "://" not in text
-    assert "@import" not in text
-    assert "\x00" not in text
-    text.encode("utf-8")
 
 
 def test_one_page_that_needs_nothing_else(page: Page, text: str) -> None:

@@ -34,16 +34,16 @@ def run(args: argparse.Namespace) -> int:
 
     texts = read_prompts(args.prompts)
     audit = _measure(args, texts, settings)
+    if args.json:
+        print(audit.as_json().rstrip("\n"), flush=True)
+    else:
+        from riverinfer.evidence.summary import terminal
+
+        print(terminal(audit, width=_width()).rstrip("\n"), flush=True)
     for name, path in places.items():
         content = report_html(audit) if name == "report" and report_html is not None else audit.as_json()
         write_whole(path, content.encode("utf-8", errors="replace"))
         print(f"riverinfer: wrote {path}", file=sys.stderr)
-    if args.json:
-        print(audit.as_json().rstrip("\n"))
-    else:
-        from riverinfer.evidence.summary import terminal
-
-        print(terminal(audit, width=_width()).rstrip("\n"))
     return 0
 
 
