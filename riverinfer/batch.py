@@ -10,6 +10,7 @@ from riverinfer.errors import ContextLengthError, InvalidRequestError
 from riverinfer.gates import Gate, undefined_steps
 from riverinfer.generation import Generation, warn_of_undefined
 from riverinfer.outputs import Output
+from riverinfer.request_steps import repair_if_due
 from riverinfer.river import RiverOptions
 from riverinfer.sampling import SamplingParams
 from riverinfer.sequence import TokenSequence
@@ -47,10 +48,8 @@ def generate_batch(
             member.generation.resume()  # the prompts after its own are not its time
         active = members
         while active := [member for member in active if not member.done]:
-            if river is not None and river.repair:
-                for member in active:
-                    if len(member.sequence.tokens) - member.sequence.exact >= river.repair:
-                        engine._repair(member.sequence, member.generation)
+            for member in active:
+                repair_if_due(engine, member.sequence, member.generation, river)
             decoder = engine.decoder
             if decoder is not None and len(active) <= decoder.most and together is None and _alike(active):
                 _step_on_device(engine, active)

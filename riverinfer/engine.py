@@ -5,51 +5,41 @@ from __future__ import annotations
 import operator
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from riverinfer.batch import check_batch, generate_batch
-from riverinfer.checkpoint import Checkpoint
 from riverinfer.draft_policy import Beliefs, Costs
-from riverinfer.errors import ContextLengthError, EngineMemoryError, InvalidRequestError, RiverinferWarning
-from riverinfer.evidence.certificate import certified_tau, check_auto, text_conditions
-from riverinfer.gates import FixedDepth, Gate, undefined_steps
-from riverinfer.generation import Generation, warn_of_undefined
-from riverinfer.generation_config import GenerationConfig, load_generation_config
-from riverinfer.kernels.linear import triton_runs
+from riverinfer.engine_loading import DEFAULT_CTX_SIZE, LoadRequest, load_parts, plan_load
+from riverinfer.errors import ContextLengthError, InvalidRequestError
+from riverinfer.evidence.certificate import check_auto
+from riverinfer.gates import Gate, undefined_steps
+from riverinfer.generation import Generation
+from riverinfer.generation_config import GenerationConfig
 from riverinfer.kv_arena import KVArena
-from riverinfer.loader import load_model, resolve_device, resolve_dtype
-from riverinfer.lossless import LosslessRounds
-from riverinfer.memory import explain_out_of_memory, gib, require_memory
 from riverinfer.memory_report import MemoryReport, memory_report
 from riverinfer.model import Model
+from riverinfer.modes import check_mode, choose_mode
 from riverinfer.outputs import Output, Step
 from riverinfer.progress import Progress
+from riverinfer.request_steps import request_steps
 from riverinfer.river import RiverOptions
-from riverinfer.river_choice import MEASURED_POSITIONS
-from riverinfer.river_loading import RiverRequest, load_river, river_bytes
-from riverinfer.sampling import SamplingParams, check_integer
+from riverinfer.river_loading import RiverRequest
+from riverinfer.sampling import SamplingParams
 from riverinfer.sequence import SlotPool, TokenSequence, closed_error, extend_batch
 from riverinfer.tokenizer import Tokenizer
 from riverinfer.trace import Trace
-from riverinfer.weights_convert.river_artifact import RiverSettings, linear_shapes
+from riverinfer.weights_convert.river_artifact import RiverSettings
 
 if TYPE_CHECKING:
     from riverinfer.device_decode import DeviceDecoder
     from riverinfer.device_rounds import RoundLaunches
     from riverinfer.session import ChatSession
-
-MODES = ("lossless", "exact", "river")
-DEFAULT_CTX_SIZE = 4096
-MAX_THREADS = 1024
 
 
 class Engine:
@@ -141,102 +131,33 @@ class Engine:
         Raises ModelNotFoundError, ConfigError, UnsupportedModelError, WeightsError, TokenizerError,
         EngineMemoryError, InvalidRequestError.
         """
-        if mode not in MODES:
-            raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
+        check_mode(mode)
         auto = isinstance(tau, str)
         if isinstance(tau, str):
             check_auto(tau, mode)
             tau = RiverOptions.tau
-        options = RiverOptions(tau, min_depth, max_depth, gate, prefill, prefill_depth, repair=repair)
-        request = RiverRequest(river_bits, river_group, river_method, river_head, draft)
-        check_integer("ctx_size", ctx_size, 0)
-        check_integer("max_sequences", max_sequences, 1)
-        if threads is not None:
-            check_integer("threads", threads, 1, MAX_THREADS)
-            torch.set_num_threads(threads)
-        checkpoint = Checkpoint.open(model_dir)
-        config = checkpoint.config
-        tokenizer = Tokenizer.load(checkpoint.model_dir, vocab_size=config.vocab_size)
-        generation_config = load_generation_config(checkpoint.model_dir, config)
-        place = resolve_device(device)
-        kind = resolve_dtype(dtype, checkpoint.stored_dtype, place)
-        held = config.num_layers
-        if backbone_layers is not None:
-            if mode != "river":
-                raise InvalidRequestError("needs river mode", field="backbone_layers", remedy='give mode="river" too')
-            check_integer("backbone_layers", backbone_layers, 0, config.num_layers)
-            held = backbone_layers
-        limited = options.limited(config.num_layers, held) if mode == "river" else options
-        candidates = request.candidates(config, mode, kind, place)
-        fused = graph and kind == torch.bfloat16 and triton_runs(place.type)
-        conditions: dict[str, Any] = {}
-        if mode == "river":
-            conditions = text_conditions(limited, candidates[0], head=river_head, dtype=kind, device=place, fused=fused)
-        if auto:
-            certified = certified_tau(checkpoint, candidates[0], conditions)
-            if certified is None:
-                mode, candidates = "exact", []
-            else:
-                options = replace(options, tau=certified)
-        absent = (config.num_layers - held) * sum(rows * columns for rows, columns in linear_shapes(config).values())
-        positions = effective_ctx_size(ctx_size, config.context_limit)
-        if ctx_size > positions and ctx_size != DEFAULT_CTX_SIZE:
-            warnings.warn(
-                f"{model_dir}: the context is {positions} tokens, the model's limit, not {ctx_size}",
-                RiverinferWarning,
-                stacklevel=2,
-            )
-        fits = partial(
-            require_memory,
-            place,
-            slots=max_sequences,
-            ctx_size=positions,
-            bytes_per_token=config.kv_bytes_per_token(kind.itemsize),
+        request = LoadRequest(
+            device=device,
+            dtype=dtype,
+            ctx_size=ctx_size,
+            max_sequences=max_sequences,
+            mode=mode,
+            threads=threads,
+            auto=auto,
+            options=RiverOptions(tau, min_depth, max_depth, gate, prefill, prefill_depth, repair=repair),
+            backbone_layers=backbone_layers,
+            river=RiverRequest(river_bits, river_group, river_method, river_head, draft),
+            graph=graph,
         )
-        backbone = (checkpoint.parameters - absent) * kind.itemsize
-        river = max((river_bytes(config, each, river_head, kind, place) for each in candidates), default=0)
-        try:
-            fits(weights=backbone + river)
-        except EngineMemoryError:
-            if mode != "lossless" or not river:
-                raise
-            fits(weights=backbone)
-            warnings.warn(
-                f"{model_dir}: backbone and river ({gib(backbone)} + {gib(river)}) do not both fit into memory;"
-                " running exact mode (river mode with --backbone-layers needs less)",
-                RiverinferWarning,
-                stacklevel=2,
-            )
-            mode, candidates = "exact", []
-        cache = max_sequences * positions * config.kv_bytes_per_token(kind.itemsize)
-        with explain_out_of_memory(place, weights=backbone + river, cache=cache):
-            arena = KVArena(config, slots=max_sequences, ctx_size=positions, dtype=kind, device=place)
-            model = load_model(
-                checkpoint, device=place, dtype=kind, backbone_layers=held, check=check, progress=progress
-            )
-            # Kernels read whole tables, also those of a measurement.
-            model.rope.reserve(max(positions, MEASURED_POSITIONS) if fused else positions)
-            if fused:
-                from riverinfer.device_setup import decode_on_device, tune_kernels
+        plan = plan_load(model_dir, request)
+        with plan.explain_out_of_memory():
+            parts = load_parts(plan, check=check, progress=progress)
+            model, arena, folder = parts.model, parts.arena, plan.checkpoint.model_dir
+            engine = cls(folder, model, plan.tokenizer, plan.generation_config, arena, plan.mode, plan.options)
+            engine.river_settings, engine.river_conditions = parts.river_settings, plan.conditions
+            if plan.fused:
+                from riverinfer.device_setup import decode_on_device
 
-                tune_kernels(config, place, progress)
-            chosen = None
-            if candidates:
-                needed = mode == "river" or request.named
-                chosen = load_river(
-                    model,
-                    tokenizer,
-                    checkpoint,
-                    candidates,
-                    head=river_head,
-                    progress=progress,
-                    optional=not needed,
-                    fused=fused,
-                )
-            model.script()
-            engine = cls(checkpoint.model_dir, model, tokenizer, generation_config, arena, mode, options)
-            engine.river_settings, engine.river_conditions = chosen, conditions
-            if fused:
                 decode_on_device(engine, arena, progress)
             return engine
 
@@ -347,28 +268,7 @@ class Engine:
 
         Raises InvalidRequestError for what does not go together, or was not loaded.
         """
-        mode = mode or self.mode
-        if mode not in MODES:
-            raise InvalidRequestError(f"unknown mode {mode!r}", field="mode", remedy=f"use {', '.join(MODES)}")
-        if mode != "river" and self.model.offloaded:
-            raise InvalidRequestError(
-                f"only {self.model.held_layers} of {self.config.num_layers} backbone layers are loaded",
-                field="mode",
-                remedy='use mode="river", or load without backbone_layers (--backbone-layers)',
-            )
-        for field, wanted in (("similarities", similarities), ("river", options is not None)):
-            if wanted and mode == "exact":
-                raise InvalidRequestError("has no effect in exact mode", field=field, remedy='give mode="river" too')
-        if not self.model.river:
-            if mode == "river" or options is not None:
-                asked, remedy = ("mode", 'mode="river"') if mode == "river" else ("river", 'draft="river"')
-                raise InvalidRequestError("no river is loaded", field=asked, remedy=f"load the engine with {remedy}")
-            return mode, None
-        if mode == "exact":
-            return mode, None
-        # Drafts go straight through the river: what passes the backbone first costs more than it is accepted more.
-        default = self.river_options if mode == "river" else RiverOptions(gate="always")
-        return mode, (options or default).limited(self.config.num_layers, self.model.held_layers)
+        return choose_mode(self, mode, options, similarities)
 
     def _stream(
         self,
@@ -498,62 +398,8 @@ class Engine:
 
         Fills ``output`` before each step is yielded. Raises ContextLengthError when the context is full.
         """
-        mode, river = how
         generation = self.generation(ids, params, output, began=began, extra_stop_ids=extra_stop_ids)
-        gate = None if river is None else river.make_gate()
-        try:
-            if mode == "lossless":
-                logits = self.read_prompt(sequence, generation, None)
-                yield from self._rounds(sequence, generation, gate, similarities).run(logits)
-            else:
-                yield from self._one_by_one(sequence, generation, river, gate, similarities)
-        finally:
-            output.stats.undefined_similarities += undefined_steps(gate)
-            warn_of_undefined(output.stats.undefined_similarities)
-
-    def _rounds(
-        self, sequence: TokenSequence, generation: Generation, gate: Gate | None, similarities: bool
-    ) -> LosslessRounds:
-        kind: type[LosslessRounds] = LosslessRounds
-        straight = gate is None or (isinstance(gate, FixedDepth) and gate.depth == 0)
-        if self.rounds is not None and straight and generation.params.alike_every_step and not similarities:
-            from riverinfer.device_rounds import DeviceRounds as kind
-        return kind(self, sequence, generation, gate=gate, similarities=similarities)
-
-    def _one_by_one(
-        self,
-        sequence: TokenSequence,
-        generation: Generation,
-        river: RiverOptions | None,
-        gate: Gate | None,
-        similarities: bool,
-    ) -> Iterator[Step]:
-        """Exact and river mode: every step a token."""
-        trace = None if river is None else Trace(similarities=[] if similarities else None)
-        logits = self.read_prompt(sequence, generation, river, trace)
-        alone = not similarities and not (river and river.repair) and generation.params.alike_every_step
-        if self.decoder is not None and alone:
-            yield generation.step(generation.choose(logits[0]), trace)
-            yield from self.decoder.single_steps(self, sequence, generation, gate, trace)
-            return
-        while True:
-            yield generation.step(generation.choose(logits[0]), trace)
-            if generation.finished:
-                return
-            generation.require_room()
-            generation.resume()
-            if river is not None and river.repair and len(sequence.tokens) - sequence.exact >= river.repair:
-                self._repair(sequence, generation)
-            logits = self.extend(sequence, generation.context[-1:], gate=gate, trace=trace)
-
-    def _repair(self, sequence: TokenSequence, generation: Generation) -> None:
-        stats, began = generation.output.stats, time.perf_counter()
-        with self._step_lock:
-            self._require_open()
-            rewritten, others = sequence.repair(generation.context[-1])
-        stats.repaired += rewritten
-        stats.repair_disagreements += others
-        stats.repair_s += time.perf_counter() - began
+        yield from request_steps(self, sequence, generation, how, similarities)
 
     def generation(
         self,
@@ -605,8 +451,3 @@ class Engine:
     def _require_open(self) -> None:
         if self._arena is None:
             raise closed_error()
-
-
-def effective_ctx_size(requested: int, limit: int) -> int:
-    """0 means the model's own limit; more than the limit is capped to it."""
-    return limit if requested == 0 else min(requested, limit)

@@ -137,5 +137,5 @@ def load_river(
             raise
         model.river, model.river_head = [], None
         message = f"{checkpoint.model_dir}: there is no river, drafts only repeat what stands in the text ({exc})"
-        warnings.warn(message, RiverinferWarning, stacklevel=3)
+        warnings.warn(message, RiverinferWarning, stacklevel=4)
         return None

@@ -411,7 +411,7 @@ def test_an_allocator_that_gives_up_is_told_with_the_sum_and_the_knobs(monkeypat
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("riverinfer.engine.load_model", full)
+    monkeypatch.setattr("riverinfer.engine_loading.load_model", full)
     said = r"^cpu ran out of memory: weights and river \(.*iB\), the KV cache"
     with pytest.raises(errors.EngineMemoryError, match=said) as told:
         Engine.load(ROOT / "llama", mode="exact", device="cpu", ctx_size=64)

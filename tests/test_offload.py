@@ -92,7 +92,7 @@ def test_the_memory_check_counts_only_what_is_held(held: int, monkeypatch: pytes
     def remember(_: object, *, weights: int, **__: int) -> None:
         asked["weights"] = weights
 
-    monkeypatch.setattr("riverinfer.engine.require_memory", remember)
+    monkeypatch.setattr("riverinfer.engine_loading.require_memory", remember)
     with load(backbone_layers=held) as engine:
         report, rotary = engine.memory(), engine.model.rope.nbytes
     # The embedding is tied: the head is the copy that is held.

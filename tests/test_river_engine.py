@@ -130,7 +130,7 @@ def test_the_river_counts_in_the_memory_check(cache: Path, monkeypatch: pytest.M
     def remember(_: object, *, weights: int, **__: int) -> None:
         asked["weights"] = weights
 
-    monkeypatch.setattr("riverinfer.engine.require_memory", remember)
+    monkeypatch.setattr("riverinfer.engine_loading.require_memory", remember)
     sizes = []
     for mode in ("exact", "river"):
         Engine.load(ROOT / "llama", device="cpu", dtype="float32", ctx_size=32, mode=mode, river_group=32).close()

@@ -231,7 +231,7 @@ def test_the_exact_head_can_be_had(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_counts_in_the_memory_check(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("riverinfer.engine.require_memory", lambda _, *, weights, **__: asked.append(weights))
+    monkeypatch.setattr("riverinfer.engine_loading.require_memory", lambda _, *, weights, **__: asked.append(weights))
     for which in ("quantized", "exact"):
         for dtype in ("bfloat16", "float32"):
             Engine.load(ROOT / "llama", **FLAGS, dtype=dtype, river_head=which).close()

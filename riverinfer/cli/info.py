@@ -30,7 +30,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     folder = model_dir(args)
     from riverinfer.chat_template import load_templates
     from riverinfer.checkpoint import Checkpoint
-    from riverinfer.engine import effective_ctx_size
+    from riverinfer.engine_loading import effective_ctx_size
     from riverinfer.generation_config import load_generation_config
     from riverinfer.loader import check_finite, resolve_device, resolve_dtype
     from riverinfer.memory import gib

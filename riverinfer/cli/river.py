@@ -104,7 +104,7 @@ def _build_fastest(
 def _set_threads(threads: int | None) -> None:
     import torch
 
-    from riverinfer.engine import MAX_THREADS
+    from riverinfer.engine_loading import MAX_THREADS
     from riverinfer.sampling import check_integer
 
     if threads is not None:

@@ -19,7 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from riverinfer.chat_template import choose_template, load_templates
-from riverinfer.engine import DEFAULT_CTX_SIZE, Engine
+from riverinfer.engine import Engine
+from riverinfer.engine_loading import DEFAULT_CTX_SIZE
 from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.scoring import Scorer
 from riverinfer.river import RiverOptions
