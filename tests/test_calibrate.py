@@ -27,7 +27,7 @@ from riverinfer.evidence.certificate import (
     store_certificate,
 )
 from riverinfer.evidence.forced import Text, Walked, exact_texts, walk_forced
-from riverinfer.evidence.learn_then_test import betting_p_value, drawn_order, fewest_prompts
+from riverinfer.evidence.learn_then_test import betting_p_value, drawn_order
 from riverinfer.evidence.prompts import prompt_ids
 from riverinfer.evidence.tau_calibration import GRID, calibrate_tau
 from riverinfer.gates import Gate
@@ -153,15 +153,26 @@ def test_few_prompts_certify_nothing(engine: Engine) -> None:
 
 
 def test_bad_values_and_engines_are_refused(engine: Engine, llama: Engine) -> None:
-    for change in ({"epsilon": 0.0}, {"delta": 1.0}, {"horizon": 0}, {"grid": (0.5, 0.9)}, {"grid": ()}):
+    for change in ({"epsilon": 0.0}, {"delta": 1.0}, {"delta": 1e-13}, {"horizon": 0}, {"grid": (0.5, 0.9)}):
         with pytest.raises(InvalidRequestError, match=next(iter(change))):
             calibrate_tau(engine, PROMPTS, **LOOSE | change)
+    with pytest.raises(InvalidRequestError, match="grid"):
+        calibrate_tau(engine, PROMPTS, grid=(), **LOOSE)
     with pytest.raises(InvalidRequestError, match=r'needs river mode .*load with mode="river"'):
         calibrate_tau(llama, PROMPTS, **LOOSE)
-    with pytest.raises(ContextLengthError, match=r"prompt 2 has .*lower --horizon"):
+    with pytest.raises(ContextLengthError, match=r"begins 'Hello Hello .*' has .*lower --horizon"):
         calibrate_tau(engine, ["Hello", "Hello " * 18], **LOOSE)
-    with pytest.warns(RiverinferWarning, match="1 of 3 prompts are copies"):
-        calibrate_tau(engine, ["Hello", "Hello", "You"], grid=(1.0,), **LOOSE)
+
+
+def test_a_repeated_prompt_counts_once(engine: Engine) -> None:
+    once = calibrate_tau(engine, PROMPTS, grid=(0.5,), **LOOSE)
+    with pytest.warns(RiverinferWarning, match="15 of 21 prompts repeat others: each counts once, 6 in all"):
+        found = calibrate_tau(engine, [*PROMPTS, *PROMPTS[::-1], *PROMPTS[:1] * 9], grid=(0.5,), **LOOSE)
+    assert replace(found, date=once.date) == once
+    assert once.prompts == 6
+    # A single prompt, however often it is asked, certifies no more than one draw can.
+    with pytest.warns(RiverinferWarning, match="each counts once, 1 in all"):
+        assert calibrate_tau(engine, ["Hello"] * 200, grid=(1.0,), **LOOSE).tau is None
 
 
 # --- tau="auto" -----------------------------------------------------------------------------------------------------
@@ -320,11 +331,13 @@ def test_the_command_end_to_end(model: Path, prompts: Path, capsys: pytest.Captu
 
 
 def test_the_command_that_certifies_nothing(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts.write_text("\n".join([*PROMPTS, *PROMPTS[:2]]))
     wanted = ["calibrate", str(model), "--prompts", str(prompts), "--horizon", "4", *ARGS]
     assert main([*wanted, "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["tau"] is None
-    assert f"6 prompts cannot certify 0.02 whatever they show, it takes {fewest_prompts(0.02, 0.05)}" in printed.err
+    assert "2 of 8 prompts repeat others: each counts once, 6 in all" in printed.err
+    assert "6 different prompts cannot certify 0.02 whatever they show, it takes 150 at least" in printed.err
     assert main(wanted) == 0
     assert "Nothing could be certified: 6 prompts do not show" in capsys.readouterr().out
     assert main(["generate", str(model), "--mode", "river", "--tau", "auto", "-p", "Hi", "-n", "2", *ARGS]) == 0
@@ -337,8 +350,12 @@ def test_the_command_that_certifies_nothing(model: Path, prompts: Path, capsys: 
     ("flags", "message"),
     [
         (["--max-disagreement", "0"], "--max-disagreement: is 0"),
+        (["--max-disagreement", "nan"], "--max-disagreement: is nan"),
+        (["--max-disagreement", "1e-320"], "--max-disagreement: is 1e-320; give a number from 1e-12"),
         (["--confidence", "1"], "--confidence: is 1"),
-        (["--horizon", "0"], "horizon: is 0"),
+        (["--confidence", "0.9999999999999"], "--confidence: is 0.9999999999999; give a number from 1e-12 to 0.9"),
+        (["--confidence", "1e-14"], "--confidence: is 1e-14; give a number from 1e-12 to 0.999999999999\n"),
+        (["--horizon", "0"], "riverinfer: --horizon: is 0"),
         (["--prompts", "missing.txt"], "missing.txt: cannot be read"),
     ],
 )

@@ -49,18 +49,38 @@ def test_p_values_are_hardly_larger_than_they_must_be() -> None:
     assert (betting_p_value(losses, EPSILON, DELTA) <= DELTA).mean() > DELTA / 2
 
 
-@pytest.mark.parametrize(("mean", "prompts"), [(0.0, fewest_prompts(0.02, DELTA) + 1), (0.005, 400), (0.01, 500)])
+@pytest.mark.parametrize(("mean", "prompts"), [(0.0, fewest_prompts(0.02, DELTA)), (0.005, 400), (0.01, 500)])
 def test_clearly_lower_risks_are_found(mean: float, prompts: int) -> None:
     losses = LOSSES["shares of 64 tokens"](np.random.default_rng(3), max(mean, 1e-12), (200, prompts))
     assert (betting_p_value(losses, 0.02, DELTA) <= DELTA).mean() > 0.9
     assert betting_p_value(np.full(prompts, 0.03), 0.02, DELTA) == 1
 
 
-def test_too_few_prompts_show_nothing() -> None:
-    for epsilon in (0.02, 0.25):
-        fewest = fewest_prompts(epsilon, DELTA)
-        assert betting_p_value(np.zeros(fewest - 1), epsilon, DELTA) > DELTA
-        assert least_bound(fewest, DELTA) <= epsilon < least_bound(fewest - 1, DELTA)
+@pytest.mark.parametrize("delta", [1e-12, 0.01, DELTA, 0.5, 0.999])
+@pytest.mark.parametrize("epsilon", [1e-4, 0.02, 0.25, 0.5, 0.9, 1 - 1e-12])
+def test_the_fewest_prompts_are_enough_and_no_fewer_are(epsilon: float, delta: float) -> None:
+    fewest = fewest_prompts(epsilon, delta)
+    assert betting_p_value(np.zeros(fewest), epsilon, delta) <= delta
+    for fewer in range(max(1, fewest - 50), fewest):
+        assert betting_p_value(np.zeros(fewer), epsilon, delta) > delta
+    assert fewest >= math.log(delta) / math.log1p(-epsilon), "no valid test could do with fewer"
+
+
+def test_the_fewest_prompts_that_are_known() -> None:
+    assert fewest_prompts(0.02, DELTA) == 150
+    assert fewest_prompts(1e-12, DELTA) == pytest.approx(math.log(20) * 1e12 / 0.99)  # found without so many zeros
+
+
+@pytest.mark.parametrize("prompts", [3, 16, 150, 1000])
+def test_the_least_bound_passes_and_no_lower_one_does(prompts: int) -> None:
+    zeros, least = np.zeros(prompts), least_bound(prompts, DELTA)
+    assert 0 < least < 1
+    assert betting_p_value(zeros, least, DELTA) <= DELTA < betting_p_value(zeros, least * (1 - 1e-6), DELTA)
+    assert fewest_prompts(least, DELTA) == prompts
+
+
+def test_one_prompt_bounds_nothing() -> None:
+    assert least_bound(1, DELTA) == 1
 
 
 @pytest.mark.parametrize("losses", [[], [0.5, 1.1], [-0.1], [math.nan], 0.5])

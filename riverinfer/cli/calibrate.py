@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from riverinfer.evidence.prompts import read_prompts
 
     prompts = read_prompts(args.prompts)
+    _check(args)
     delta = round(1 - args.confidence, 12)
-    _check(args, delta)
     with load_engine(args) as engine:
         from riverinfer.checkpoint import Checkpoint
         from riverinfer.evidence.certificate import certificate_path, store_certificate
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         assert engine.river_settings is not None  # in river mode
         path = certificate_path(river_path(Checkpoint.open(engine.model_dir), engine.river_settings))
         _require_writable(path.parent)
-        _warn_of_few(len(prompts), args.max_disagreement, delta)
+        _warn_of_few(len(set(prompts)), args.max_disagreement, delta)
         certificate = calibrate_tau(
             engine,
             prompts,
@@ -56,14 +56,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, delta: float) -> None:
+def _check(args: argparse.Namespace) -> None:
     """Refuse bad values before a model is loaded, under the names of their flags."""
-    from riverinfer.evidence.tau_calibration import check_bounds
+    from riverinfer.evidence.tau_calibration import check_share
+    from riverinfer.sampling import check_integer
 
-    for flag, value in (("--max-disagreement", args.max_disagreement), ("--confidence", args.confidence)):
-        if not 0 < value < 1:
-            raise InvalidRequestError(f"is {value:g}", field=flag, remedy="give a number above 0 and below 1")
-    check_bounds(args.max_disagreement, delta, args.horizon)
+    check_share("--max-disagreement", args.max_disagreement)
+    check_share("--confidence", args.confidence)
+    check_integer("--horizon", args.horizon, 1)
 
 
 def _require_writable(folder: Path) -> None:
@@ -79,7 +79,8 @@ def _warn_of_few(prompts: int, epsilon: float, delta: float) -> None:
     fewest = fewest_prompts(epsilon, delta)
     if prompts < fewest:
         print(
-            f"riverinfer: note: {prompts} prompts cannot certify {epsilon:g} whatever they show, it takes {fewest}",
+            f"riverinfer: note: {prompts} different prompts cannot certify {epsilon:g} whatever they show,"
+            f" it takes {fewest} at least",
             file=sys.stderr,
         )
 

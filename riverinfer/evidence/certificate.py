@@ -45,10 +45,10 @@ class Setting:
 class Certificate:
     """With probability 1 - delta the mean loss over prompts like those tested is below epsilon at ``tau``.
 
-    tau: None if nothing could be certified. prompts: how many. horizon: answer tokens judged of each, at most.
-    grid: the settings, strict to loose, fixed in advance. tested: those up to the first that was not certified.
-    model, config, river, prompts_hash: sha256 of the weight files, of what config.json says, of the river's file (see
-    ``river_digest``) and of the prompts' texts, each with a newline. conditions: see ``text_conditions``.
+    tau: None if nothing could be certified. prompts: how many, repeated ones once. horizon: answer tokens judged of
+    each, at most. grid: the settings, strict to loose, fixed in advance. tested: those up to the first that was not
+    certified. model, config, river, prompts_hash: sha256 of the weight files, of what config.json says, of the river's
+    file (see ``river_digest``) and of those prompts' texts, each with a newline. conditions: see ``text_conditions``.
     """
 
     tau: float | None
@@ -208,6 +208,6 @@ def certified_tau(checkpoint: Checkpoint, settings: RiverSettings, conditions: d
             f"{checkpoint.model_dir}: the calibration of {certificate.date} could certify no tau"
             f" (disagreement of at most {certificate.epsilon:g}, {certificate.prompts} prompts); running exact mode",
             RiverinferWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return certificate.tau

@@ -72,13 +72,26 @@ def fixed_sequence(p_values: Iterable[float], delta: float) -> int | None:
 
 
 def fewest_prompts(epsilon: float, delta: float) -> int:
-    """With fewer losses than this no valid test rejects at level ``delta``, though all be zero.
+    """The least n for which n losses of zero have a ``betting_p_value`` of at most ``delta``.
 
-    A prompt whose loss is 1 with probability epsilon, else 0, shows n zeros with probability (1 - epsilon)^n.
+    No other n losses have a lower one where zeros are bet on with ``_MOST`` from the first on, as for small epsilon. A
+    bet is never above that, which says from which n on to look.
     """
-    return math.ceil(math.log(delta) / math.log1p(-epsilon))
+    fewest = max(1, math.ceil(math.log(1 / delta) / math.log1p(_MOST * epsilon / (1 - epsilon))))
+    # Beyond a million epsilon is so small that all bets are: nothing to add.
+    while fewest <= 1_000_000 and not _zeros_pass(fewest, epsilon, delta):
+        fewest += 1
+    return fewest
 
 
 def least_bound(prompts: int, delta: float) -> float:
-    """The epsilon below which ``prompts`` losses can certify nothing at level ``delta``: see ``fewest_prompts``."""
-    return 1 - delta ** (1 / prompts)
+    """The least epsilon that ``prompts`` losses certify at level ``delta`` if all are zero; 1 if none."""
+    low, high = 0.0, 1.0
+    for _ in range(50):  # a larger epsilon is easier to reject: each zero multiplies capital by more
+        middle = (low + high) / 2
+        low, high = (low, middle) if _zeros_pass(prompts, middle, delta) else (middle, high)
+    return high
+
+
+def _zeros_pass(prompts: int, epsilon: float, delta: float) -> bool:
+    return bool(betting_p_value(np.zeros(prompts), epsilon, delta) <= delta)

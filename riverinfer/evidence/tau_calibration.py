@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 # Dense where layers of usual models change the state by a few percent. At -1 every token leaves after min_depth layers.
 GRID = (0.9999, 0.999, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5, -1.0)
 HORIZON = 64
+LEAST = 1e-12  # of a bound or a probability, and of what is left to 1
 
 
-def check_bounds(epsilon: float, delta: float, horizon: int) -> None:
-    """Raise InvalidRequestError for a bound or a probability outside (0, 1), or a horizon below 1."""
-    for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0 < value < 1:
-            raise InvalidRequestError(f"is {value!r}", field=name, remedy="give a number above 0 and below 1")
-    check_integer("horizon", horizon, 1)
+def check_share(name: str, value: float) -> None:
+    """Raise InvalidRequestError naming ``name`` unless ``value`` is at least ``LEAST`` from 0 and from 1."""
+    if not LEAST <= value <= 1 - LEAST:
+        remedy = f"give a number from {LEAST:g} to {1 - LEAST!r}"
+        raise InvalidRequestError(f"is {value!r}", field=name, remedy=remedy)
 
 
 def calibrate_tau(
@@ -56,16 +56,19 @@ def calibrate_tau(
     The loss of a prompt: of the first ``horizon`` tokens that exact mode says greedily after its answer's first, up to
     the end of text, the share at which the river's likeliest token is another. The exact text is walked token by token
     (``walk_forced``), so what left early is read by all later tokens. Settings are tested by ``fixed_sequence``; those
-    after the first that is not certified are not walked. All prompts count. Their losses are tested in an order drawn
-    by a hash of the prompts: the test looks along a sequence, and a file that is sorted by difficulty is none of draws.
+    after the first that is not certified are not walked. All prompts count, a repeated one once: it is no second draw,
+    so what is certified is a mean over different prompts. Their losses are tested in an order drawn by a hash of the
+    prompts: the test looks along a sequence, and a file that is sorted by difficulty is none of draws.
 
     The engine must be in river mode with the similarity gate, exact prompts and the whole backbone; its other options
     are those that the certificate is about. Steps of ``progress``: "Exact answers" and, for each setting, "tau T", in
-    prompts. Warns, with RiverinferWarning, of prompts that are copies.
+    prompts. Warns, with RiverinferWarning, of repeated prompts.
     Raises InvalidRequestError for other engines or bad values, ContextLengthError for a prompt that does not fit,
     WeightsError if the river is no longer there.
     """
-    check_bounds(epsilon, delta, horizon)
+    check_share("epsilon", epsilon)
+    check_share("delta", delta)
+    check_integer("horizon", horizon, 1)
     _check_grid(grid)
     options, settings = engine.river_options, engine.river_settings
     fits = options.gate == "similarity" and options.prefill == "exact" and not engine.model.offloaded
@@ -76,9 +79,13 @@ def calibrate_tau(
             remedy='load with mode="river", without gate, prefill and backbone_layers',
         )
     known = identities(Checkpoint.open(engine.model_dir), settings)
-    texts = _answers(engine, prompts, horizon, progress)
+    different = list(dict.fromkeys(prompts))
+    if len(different) < len(prompts):
+        repeated = f"{len(prompts) - len(different)} of {len(prompts)} prompts repeat others"
+        warnings.warn(f"{repeated}: each counts once, {len(different)} in all", RiverinferWarning, stacklevel=2)
+    texts = _answers(engine, different, horizon, progress)
     tested: list[Setting] = []
-    prompts_hash = hashlib.sha256("".join(f"{text}\n" for text in prompts).encode()).hexdigest()
+    prompts_hash = hashlib.sha256("".join(f"{text}\n" for text in different).encode()).hexdigest()
     order = drawn_order(len(texts), prompts_hash)
 
     def p_values() -> Iterator[float]:
@@ -93,7 +100,7 @@ def calibrate_tau(
         tau=None if last is None else float(grid[last]),
         epsilon=epsilon,
         delta=delta,
-        prompts=len(prompts),
+        prompts=len(texts),
         horizon=horizon,
         grid=tuple(float(tau) for tau in grid),
         tested=tuple(tested),
@@ -112,22 +119,18 @@ def _check_grid(grid: Sequence[float]) -> None:
 
 def _answers(engine: Engine, prompts: Sequence[str], horizon: int, progress: Progress | None) -> list[Text]:
     """Exact mode's answers, each at most ``horizon`` + 1 tokens, its end of text included."""
-    copies = len(prompts) - len(set(prompts))
-    if copies:
-        message = f"{copies} of {len(prompts)} prompts are copies of others: sound only if those of later use repeat so"
-        warnings.warn(message, RiverinferWarning, stacklevel=3)
     encoded = prompt_ids(engine, prompts)
-    for number, (_, ids) in enumerate(encoded, 1):
+    for prompt, ids in encoded:
         if len(ids) + horizon + 1 > engine.ctx_size:
             raise ContextLengthError(
-                f"prompt {number} has {len(ids)} tokens, with {horizon + 1} of answer more than the context"
-                f" ({engine.ctx_size})",
+                f"the prompt that begins {prompt[:40]!r} has {len(ids)} tokens, with {horizon + 1} of answer more than"
+                f" the context ({engine.ctx_size})",
                 remedy="leave it out, or raise --ctx-size (ctx_size) or lower --horizon (horizon)",
             )
     ends = {*engine.generation_config.eos_token_ids, engine.tokenizer.eos_token_id}
     texts = []
-    for number, prompt in enumerate(encoded, 1):
-        (text,) = exact_texts(engine, [prompt], horizon + 1)
+    for number, prompt_and_ids in enumerate(encoded, 1):
+        (text,) = exact_texts(engine, [prompt_and_ids], horizon + 1)
         end = next((i for i, token in enumerate(text.answer, 1) if token in ends), len(text.answer))
         texts.append(replace(text, answer=text.answer[:end]))
         if progress is not None:
