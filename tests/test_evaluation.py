@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from golden_models import ROOT
+from golden_models import ROOT, copy_model
+from test_calibrate import certify
 
 from riverinfer import Engine
 from riverinfer.cli import main
@@ -20,12 +24,13 @@ from riverinfer.evidence.benchmark import Benchmark, Item, ask
 from riverinfer.evidence.final_answer import final_answer, same_answer
 from riverinfer.evidence.gsm import read_problems, word_problems
 from riverinfer.evidence.paired import Paired, mcnemar, wilson
-from riverinfer.evidence.paper import WAYS, Answers, _row, measure
+from riverinfer.evidence.paper import WAYS, Answers, Settings, _row, measure
 from riverinfer.evidence.paper_figures import ROWS, paper_rows
 from riverinfer.evidence.paper_table import table
 from riverinfer.evidence.scoring import Scorer
 from riverinfer.outputs import Output
 from riverinfer.river import RiverOptions
+from riverinfer.sampling import SamplingParams
 
 MODEL = str(ROOT / "llama")
 DATA = Path(__file__).parent / "data"
@@ -322,7 +327,7 @@ def _toy() -> Benchmark:
 
 
 def test_measure(engine: Engine) -> None:
-    found = measure(engine, _toy(), tau=0.99, chat=False, max_tokens=12)
+    found = measure(engine, _toy(), chat=False, max_tokens=12)
     assert [row.way for row in found.rows] == list(WAYS)
     exact, _, full, lossless = found.rows
     assert (exact.mean_depth, full.mean_depth, lossless.mean_depth) == (5.0, 0.0, None)
@@ -337,8 +342,22 @@ def test_measure(engine: Engine) -> None:
     assert found.answers[0].texts == said
     found.answers[3].texts[1] += "!"
     assert found.lossless_differs == ["GSM8K/1"]
-    shown = table("toy", [found], tau=0.99, river="w4", max_tokens=12)
-    assert "2 of 3 answers; not in GSM8K/1" in shown
+    settings = Settings.of(engine, certified=False, chat=False, max_tokens=12)
+    assert "2 of 3 answers; not in GSM8K/1" in table("toy", [found], settings)
+    by_layer = table("toy", [found], replace(settings, tau=[0.5] * 5))
+    assert by_layer.startswith("toy, river w4g32-hqq with exact head, tau by layer, depth 1 to all, greedy,")
+    assert "\nriver, tau by layer " in by_layer
+
+
+@pytest.mark.parametrize(
+    ("options", "depth"), [(RiverOptions(-1, min_depth=2), 2.0), (RiverOptions(1, max_depth=3), 3.0)]
+)
+def test_river_exits_by_the_engines_options(
+    engine: Engine, options: RiverOptions, depth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "river_options", options)
+    found = measure(engine, _toy(), chat=False, max_tokens=6)
+    assert {row.way: row.mean_depth for row in found.rows[:3]} == {"exact": 5.0, "river": depth, "full river": 0.0}
 
 
 def test_the_first_token_is_the_prompts() -> None:
@@ -366,7 +385,9 @@ def test_paper_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["paper", MODEL, "--gsm8k", str(GSM), "--shots", "1", "--limit", "2", "-n", "8", "-c", "1024", *PLACE]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "llama, river w4g32-hqq, tau 0.5, greedy, answers of at most 8 tokens"
+    assert lines[0] == (
+        "llama, river w4g32-hqq with exact head, tau 0.5, depth 1 to all, greedy, answers of at most 8 tokens"
+    )
     assert lines[2] == f"GSM8K: 2 questions of {GSM}, 1 example each (paper: 5)"
     head, rows = lines[3], lines[4:8]
     assert head.split("  ")[-1].strip() == "paper: Ministral3-8B"
@@ -389,6 +410,71 @@ def test_paper_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(benchmark["questions"][1]["answers"]) == set(WAYS)
 
 
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A paper command on a model whose certificates no other test sees, of the river that ``certify`` makes."""
+    monkeypatch.setenv("RIVERINFER_CACHE", str(tmp_path / "cache"))
+    model = str(copy_model("llama", tmp_path / "llama"))
+    return ["paper", model, "--gsm8k", str(GSM), "--shots", "0", "--limit", "2", "-n", "8", *PLACE]
+
+
+def _asked(command: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Settings, and mean depths by way."""
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    return found["settings"], {row["way"]: row["mean_depth"] for row in found["benchmarks"][0]["here"]}
+
+
+def test_paper_options(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tau", "-1", "--min-depth", "2", "--max-depth", "4", "--river-method", "awq", "--river-bits", "8"]
+    command = [*asked, *flags, "--dtype", "bfloat16"]
+    settings, depths = _asked(command, capsys)
+    assert settings == {
+        "tau": -1.0,
+        "certified": False,
+        "min_depth": 2,
+        "max_depth": 4,
+        "river": "w8g32-awq",
+        "river_head": "quantized",
+        "chat": True,
+        "max_tokens": 8,
+    }
+    assert depths["river"] == 2.0
+    assert main([*command, "--river-head", "exact"]) == 0
+    assert capsys.readouterr().out.startswith("llama, river w8g32-awq with exact head, tau -1, depth 2 to 4, greedy,")
+
+
+def test_paper_takes_the_certified_tau(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*asked, "--river-method", "rtn", "--max-depth", "4"]
+    certify(Path(asked[1]), 0.01, max_depth=4)
+    assert main([*command, "--tau", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("llama, river w4g32-rtn with exact head, tau 0.7 (certified), depth 1 to 4, greedy,")
+    assert "\nriver, tau 0.7 " in shown
+    settings, depths = _asked([*command, "--tau", "auto"], capsys)
+    assert (settings["tau"], settings["certified"]) == (0.7, True)
+    assert depths == _asked([*command, "--tau", "0.7"], capsys)[1]
+    assert depths != _asked([*command, "--tau", "0.5"], capsys)[1]
+    assert main([*command, "--tau", "auto", "--min-depth", "2"]) == 2
+    assert "these differ: min_depth (1 there, 2 here)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("certificate", "problem"),
+    [(True, "--tau: a calibration could certify no tau for this river"), (False, "no tau is certified for this river")],
+)
+def test_paper_where_no_tau_is_certified(
+    asked: list[str], certificate: bool, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if certificate:
+        certify(Path(asked[1]), 0.5)
+    assert main([*asked, "--river-method", "rtn", "--tau", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert "riverinfer calibrate MODEL_DIR --prompts FILE" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
@@ -397,6 +483,9 @@ def test_paper_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gsm8k", "no/such.jsonl"], "cannot be read"),
         (["--gsm8k", str(GSM), "--limit", "0"], "--limit"),
         (["--gsm8k", str(GSM), "--shots", "25"], "has 25 problems"),
+        (["--gsm8k", str(GSM), "--min-depth", "9"], "min_depth: is 9, the model has 5 layers"),
+        (["--gsm8k", str(GSM), "--min-depth", "3", "--max-depth", "2"], "max_depth"),
+        (["--gsm8k", str(GSM), "--tau", "2"], "tau: is 2"),
     ],
 )
 def test_paper_refuses(flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,79 +495,198 @@ def test_paper_refuses(flags: list[str], problem: str, capsys: pytest.CaptureFix
 
 # ------------------------------------------------------------------------------------------- lm-eval
 
+# Without lm-eval and its 655 MB: what of it the adapter stands on, as thin as it goes. That real lm-eval fits, and that
+# its own back end says the same, is for tests/oracle/lm_eval_golden.py and lm_eval_agreement.py.
 
-def test_lm_eval_arguments() -> None:
-    pytest.importorskip("lm_eval")
-    from riverinfer.evidence.lm_eval_model import RiverinferLM, sampling_params
 
-    params = sampling_params({"until": ["\n", ""], "max_new_tokens": 5, "do_sample": False, "temperature": 0.7})
+class TemplateLM:
+    """lm-eval's base class: ``cached`` is what was handed to its cache of answers."""
+
+    def __init__(self) -> None:
+        self.cached: list[tuple[str, Any, Any]] = []
+        self.cache_hook = SimpleNamespace(add_partial=lambda *each: self.cached.append(each))
+
+
+def _windows(
+    token_list: list[int], prefix_token: int, max_seq_len: int, context_len: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    assert context_len == 1
+    read = [prefix_token, *token_list]
+    for at in range(0, len(token_list), max_seq_len):
+        said = token_list[at : at + max_seq_len]
+        yield read[at : at + len(said)], said
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Iterator[Any]:
+    """``lm_eval_model`` over the stand-in, which registers classes in ``adapter.models``."""
+    models: dict[str, type] = {}
+    parts: dict[str, dict[str, Any]] = {
+        "lm_eval": {},
+        "lm_eval.models": {},
+        "lm_eval.api": {},
+        "lm_eval.api.instance": {"Instance": SimpleNamespace},
+        "lm_eval.api.model": {"TemplateLM": TemplateLM},
+        "lm_eval.api.registry": {"register_model": lambda name: lambda cls: models.setdefault(name, cls)},
+        "lm_eval.utils": {
+            "get_rolling_token_windows": _windows,
+            "make_disjoint_window": lambda pair: (pair[0][:1], pair[1]),
+        },
+    }
+    name = "riverinfer.evidence.lm_eval_model"
+    with pytest.MonkeyPatch.context() as patch:
+        for part, content in parts.items():
+            module = ModuleType(part)
+            vars(module).update(content)
+            patch.setitem(sys.modules, part, module)
+        patch.delitem(sys.modules, name, raising=False)
+        module = import_module(name)
+        yield SimpleNamespace(models=models, **vars(module))
+        del sys.modules[name], sys.modules["riverinfer.evidence"].lm_eval_model
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "exact": {"mode": "exact"},
+    "exact, decode": {"mode": "exact", "scoring": "decode"},
+    "lossless": {},
+    "lossless, decode": {"scoring": "decode"},
+    "river, prefill": {"mode": "river", "gate": "always", "scoring": "prefill"},
+    "full river": {"mode": "river", "gate": "always"},
+    "depth 2": {"mode": "river", "depth": 2},
+}
+EXACT = ["exact", "exact, decode", "lossless", "lossless, decode"]
+
+
+@pytest.fixture(scope="module")
+def lms(adapter: Any) -> Iterator[dict[str, Any]]:
+    place = {"dtype": "float32", "device": "cuda:0", "ctx_size": 128, "river_group": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        found = {name: adapter.RiverinferLM(MODEL, **place, **arguments) for name, arguments in ADAPTERS.items()}
+    yield found
+    for model in found.values():
+        model.engine.close()
+
+
+def test_lm_eval_arguments(adapter: Any) -> None:
+    assert adapter.models == {"riverinfer": adapter.RiverinferLM}
+    params = adapter.sampling_params({"until": ["\n", ""], "max_new_tokens": 5, "do_sample": False, "temperature": 0.7})
     assert (params.stop, params.max_tokens, params.temperature) == (("\n",), 5, 0.0)
-    assert sampling_params({"until": "a"}).stop == ("a",)
-    assert sampling_params({"do_sample": True}).temperature == 1.0
-    assert sampling_params({"temperature": 0.5, "top_p": 0.9}).top_p == 0.9
+    assert adapter.sampling_params({"until": "a"}).stop == ("a",)
+    assert adapter.sampling_params({"do_sample": True}).temperature == 1.0
+    assert adapter.sampling_params({"temperature": 0.5, "top_p": 0.9}).top_p == 0.9
+    assert (adapter.sampling_params({}).temperature, adapter.sampling_params({}).max_tokens) == (0.0, 256)
     with pytest.raises(InvalidRequestError, match="num_beams"):
-        sampling_params({"num_beams": 4})
-    for arguments in (
-        {},
-        {"pretrained": MODEL, "model_dir": MODEL},
-        {"pretrained": MODEL, "tau": 0.5},
-        {"pretrained": MODEL, "mode": "river", "tau": 0.5, "depth": 2},
-        {"pretrained": MODEL, "scoring": "guess"},
-    ):
-        with pytest.raises(InvalidRequestError):
-            RiverinferLM(**arguments)
+        adapter.sampling_params({"num_beams": 4})
 
 
-def _lm_eval_requests() -> dict[str, list[Any]]:
-    from lm_eval.api.instance import Instance
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({}, "pretrained: name one model folder"),
+        ({"pretrained": MODEL, "model_dir": MODEL}, "pretrained: name one model folder"),
+        ({"pretrained": MODEL, "tau": 0.5}, "tau: has no effect in lossless mode"),
+        ({"pretrained": MODEL, "mode": "exact", "depth": 2}, "depth: has no effect in exact mode"),
+        ({"pretrained": MODEL, "mode": "river", "tau": 0.5, "depth": 2}, "tau: does not go with depth"),
+        ({"pretrained": MODEL, "scoring": "guess"}, "scoring: is 'guess'"),
+    ],
+)
+def test_lm_eval_arguments_that_do_not_go_together(adapter: Any, arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidRequestError, match=problem):
+        adapter.RiverinferLM(**arguments)
 
-    rows = [json.loads(line) for line in (DATA / "choices_small.jsonl").read_text().splitlines()[:4]]
-    pairs = [(row["question"], f" {choice}") for row in rows for choice in row["choices"]]
-    pairs += [("", "The sun"), ("A space at the end ", "moves"), ("word " * 600, "cut from the left")]
-    kwargs = {"until": ["\n", "e"], "max_gen_toks": 12, "do_sample": False}
-    arguments: dict[str, list[tuple[Any, ...]]] = {
-        "loglikelihood": pairs,
-        "loglikelihood_rolling": [(row["question"],) for row in rows] + [("many words " * 400,)],
-        "generate_until": [(row["question"], kwargs) for row in rows] + [("word " * 600, kwargs)],
+
+def test_lm_eval_log_likelihoods(lms: dict[str, Any], engine: Engine) -> None:
+    context = [5, 9, 31, 77, 12]
+    likely = [int(engine.logits(context)[-1].argmax())]
+    long = [3 + i % 90 for i in range(200)]
+    first_wrong = [3, int(engine.logits([*context, 3])[-1].argmax())]
+    # In no order of their tokens; the last is cut from the left: ctx_size + 1 tokens are left.
+    pairs = [([9, 8], [7]), (context, likely), (context, first_wrong), (context, [*likely, 3]), ([7], [8] * 60)]
+    expected = [_expected(engine, *pair) for pair in pairs]
+    pairs.append((long, [4, 5]))
+    expected.append(_expected(engine, long[-127:], [4, 5]))
+    assert [greedy for _, greedy in expected].count(True) == 1
+    requests = [(("a", str(i)) if i % 2 else None, *pair) for i, pair in enumerate(pairs)]
+    for name, model in lms.items():
+        model.cached.clear()
+        got = model._loglikelihood_tokens(requests, disable_tqdm=True)
+        apart = max(abs(score - want) for (score, _), (want, _) in zip(got, expected, strict=True))
+        if name in (*EXACT, "river, prefill"):
+            assert apart < 1e-3, name
+            assert [greedy for _, greedy in got] == [greedy for _, greedy in expected], name
+        else:
+            assert apart > 0.01, "exits are exercised"
+        cached = {key[1]: value for _, key, value in model.cached}
+        assert cached == {str(i): got[i] for i in (1, 3, 5)}
+    depths = {name: model.get_model_info()["mean_depth_scored"] for name, model in lms.items()}
+    assert depths == {
+        "exact": None,
+        "exact, decode": 5.0,
+        "lossless": None,
+        "lossless, decode": 5.0,
+        "river, prefill": None,
+        "full river": 0.0,
+        "depth 2": 2.0,
     }
-    return {
-        kind: [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(given)]
-        for kind, given in arguments.items()
-    }
 
 
-def test_lm_eval_agrees_with_its_own_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("accelerate")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from lm_eval.api.registry import get_model
-
-    import riverinfer.evidence.lm_eval_model  # noqa: F401
-
-    requests = _lm_eval_requests()
-
-    def evaluate(name: str, **arguments: Any) -> dict[str, Any]:
-        model = get_model(name)(pretrained=MODEL, dtype="float32", device="cpu", **arguments)
-        return {kind: getattr(model, kind)(given, disable_tqdm=True) for kind, given in requests.items()}
-
-    want = evaluate("hf", max_length=256)
-    for arguments in ({"mode": "exact"}, {"scoring": "decode", "river_group": 32}):
-        got = evaluate("riverinfer", ctx_size=256, **arguments)
-        for (logprob, greedy), (wanted, said) in zip(got["loglikelihood"], want["loglikelihood"], strict=True):
-            assert logprob == pytest.approx(wanted, abs=1e-3)
-            assert greedy == said
-        assert got["loglikelihood_rolling"] == pytest.approx(want["loglikelihood_rolling"], rel=1e-5, abs=1e-3)
-        assert got["generate_until"] == want["generate_until"]
-    river = evaluate("riverinfer", mode="river", gate="always", river_group=32, ctx_size=256)
-    pairs = zip(river["loglikelihood"], want["loglikelihood"], strict=True)
-    assert max(abs(a - b) for (a, _), (b, _) in pairs) > 1e-3, "exits are exercised"
+def test_lm_eval_log_likelihoods_of_whole_texts(lms: dict[str, Any], engine: Engine) -> None:
+    texts = ["Once upon a time", "many words " * 30, ""]
+    wanted = []
+    for text in texts:
+        ids = lms["exact"].tok_encode(text)
+        total, before = 0.0, lms["exact"].prefix_token_id
+        for at in range(0, len(ids), 128):
+            total += _expected(engine, [before], ids[at : at + 128])[0]
+            before = ids[at : at + 128][-1]
+        wanted.append(total)
+    assert 128 < len(lms["exact"].tok_encode(texts[1])) <= 256, "two windows"
+    requests = [SimpleNamespace(args=(text,)) for text in texts]
+    for name in EXACT:
+        lms[name].cached.clear()
+        assert lms[name].loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(wanted, abs=2e-3), name
+        assert [(kind, key) for kind, key, _ in lms[name].cached] == [
+            ("loglikelihood_rolling", (text,)) for text in texts
+        ]
+    early = lms["full river"].loglikelihood_rolling(requests, disable_tqdm=True)
+    assert abs(early[0] - wanted[0]) > 0.01
 
 
-def test_lm_eval_chats_as_the_template_says() -> None:
-    pytest.importorskip("lm_eval")
-    from riverinfer.evidence.lm_eval_model import RiverinferLM
+def test_lm_eval_answers(lms: dict[str, Any], engine: Engine) -> None:
+    kwargs: dict[str, Any] = {"max_gen_toks": 12, "do_sample": False}
+    contexts = ["Once upon a time", "word " * 300, "Hello", ""]
 
-    model = RiverinferLM(MODEL, mode="exact", dtype="float32", device="cpu", ctx_size=256)
+    def ask(name: str, **more: Any) -> list[str]:
+        requests = [SimpleNamespace(args=(context, kwargs | more)) for context in contexts]
+        lms[name].cached.clear()
+        said: list[str] = lms[name].generate_until(requests, disable_tqdm=True)
+        assert lms[name].cached == [
+            ("generate_until", request.args, text) for request, text in zip(requests, said, strict=True)
+        ]
+        return said
+
+    params = SamplingParams(max_tokens=12)
+    ids = [lms["exact"].tok_encode(context)[-116:] for context in contexts]  # the last tokens that leave room
+    free = [engine.generate(each, params, mode="exact").text for each in ids]
+    assert ask("exact") == ask("lossless") == free
+    assert ask("full river") != free
+    stop = free[0][len(free[0]) // 2]
+    cut = [text.split(stop)[0] for text in free]
+    assert cut[0] != free[0]
+    short = [engine.generate(each, SamplingParams(max_tokens=3), mode="exact").text for each in ids]
+    for name in ("exact", "lossless"):
+        assert ask(name, until=[stop]) == ask(name, until=["\0", stop]) == cut
+        assert ask(name, max_gen_toks=3) == short != free
+    with pytest.raises(InvalidRequestError, match=r"max_gen_toks: 128 new tokens leave no room in a context of 128"):
+        ask("exact", max_gen_toks=128)
+    with pytest.MonkeyPatch.context() as patch:  # a tokenizer that puts no BOS
+        patch.setattr(lms["exact"], "tok_encode", lambda _: [])
+        assert ask("exact") == [engine.generate([lms["exact"].prefix_token_id], params, mode="exact").text] * 4
+
+
+def test_lm_eval_chats_as_the_template_says(lms: dict[str, Any]) -> None:
+    model = lms["exact"]
     chat = [{"role": "user", "content": "hello"}]
     shown = model.apply_chat_template(chat)
     assert shown == model.engine.session().prompt_text(chat)
@@ -488,4 +696,3 @@ def test_lm_eval_chats_as_the_template_says() -> None:
     assert model.chat_template(True)
     half = model.apply_chat_template([*chat, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
     assert half.endswith("So")
-    model.engine.close()

@@ -215,9 +215,9 @@ def _profile(parser: argparse.ArgumentParser) -> None:
 def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "What is found is kept beside the river, for --mode river --tau auto. It is a statement about the average over"
-        " prompts like those of FILE, taken to be independent draws from those of later use, each the first message"
-        " of a chat; about the first tokens of an answer (--horizon); about the likeliest token, given exact mode's own"
-        " text so far; and about this model, river and these flags. It does not bound what happens in any single text,"
+        " different prompts like those of FILE, taken to be independent draws from those of later use, each the first"
+        " message of a chat; about the first tokens of an answer (--horizon); about the likeliest token, given exact"
+        " mode's own text so far; and about this model, river and these flags. It does not bound any single text,"
         " nor in other languages or topics, longer answers or sampled ones, and says nothing of answers after their"
         " first other word. With probability 1 - C at most it is wrong; whoever calibrates until something passes makes"
         " that more. That nothing can be certified is an answer too: --tau auto then runs exact mode."
@@ -228,8 +228,8 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='a prompt a line, or .jsonl with "prompt"; all are used (default: a built-in sample, too'
-        " small to certify a small disagreement)",
+        help='a prompt a line, or .jsonl with "prompt"; all are used, repeated ones once (default: a built-in sample,'
+        " too small to certify a small disagreement)",
     )
     group.add_argument(
         "--max-disagreement",
@@ -268,8 +268,8 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _audit(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Time goes with prompts times tokens, and with --drift-tokens: the demo model's default audit takes some"
-        " minutes on two CPU cores."
+        "Time goes with prompts times tokens, and with --drift-texts times --drift-tokens: the demo model's default"
+        " audit takes a quarter of an hour on two CPU cores, more than half of it for drift."
     )
     _model(parser)
     group = parser.add_argument_group("what is measured")
@@ -281,9 +281,19 @@ def _audit(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tokens", type=int, default=40, metavar="N", help="of each answer (default: 40)")
     group.add_argument(
-        "--drift-tokens", type=int, default=256, metavar="N", help="of each long text, 0 = no drift (default: 256)"
+        "--drift-tokens",
+        type=int,
+        metavar="N",
+        help="of each long text, 0 = no drift; texts are watched for their first other token as long (default: 2000,"
+        " or what the context holds)",
     )
-    group.add_argument("--drift-texts", type=int, default=2, metavar="N", help="how many long texts (default: 2)")
+    group.add_argument(
+        "--drift-texts",
+        type=int,
+        default=6,
+        metavar="N",
+        help="how many long texts; whether errors grow can be told from 6 on (default: 6)",
+    )
     group.add_argument("--no-gates", action="store_true", help="do not fit and judge other gates")
     group.add_argument("-s", "--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default: 0)")
     out = parser.add_argument_group("output", "Existing files are replaced.")
@@ -291,9 +301,12 @@ def _audit(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--save", type=Path, metavar="FILE.json", help="write the JSON beside what is printed")
     out.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with pictures (riverinfer[plots])")
     _runtime(parser, mode=False)
-    _river(parser)
-    # Of what is repaired, which is told apart; all other settings are without.
-    parser.set_defaults(mode="river", repair=16)
+    _river(
+        parser,
+        repair="what is walked with repair, beside all else that is without, rewrites K and V exactly every R tokens;"
+        " with --tau auto also what was certified (default: 16, certified without)",
+    )
+    parser.set_defaults(mode="river", repair=None)
 
 
 def _paper(parser: argparse.ArgumentParser) -> None:
@@ -316,15 +329,21 @@ def _paper(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
     work.add_argument("--no-chat-template", action="store_true", help="have an instruct model continue bare text")
-    work.add_argument("--tau", type=float, default=0.5, metavar="T", help="river: exit above this (default: 0.5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, all answers included")
-    runtime = parser.add_argument_group("runtime")
-    _place(runtime)
-    runtime.add_argument(
-        "-c", "--ctx-size", type=int, default=4096, metavar="N", help="positions of context, 0 = the model's own"
+    _runtime(parser, mode=False)
+    group = parser.add_argument_group("river", "Which copy, in all ways but exact; tau and depths: of the way river.")
+    _depths(group)
+    _loaded_copy(group, "4")
+    # What else an engine is loaded with: exact prompts, the similarity gate, all layers.
+    parser.set_defaults(
+        mode="river",
+        gate="similarity",
+        prefill="exact",
+        prefill_depth=None,
+        backbone_layers=None,
+        repair=0,
+        draft="auto",
     )
-    runtime.add_argument("--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
-    runtime.add_argument("--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -363,17 +382,9 @@ def _place(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
 
 
-def _river(parser: argparse.ArgumentParser) -> None:
+def _river(parser: argparse.ArgumentParser, *, repair: str = "rewrite K and V exactly every R tokens") -> None:
     group = parser.add_argument_group("river and lossless mode")
-    group.add_argument(
-        "--tau",
-        type=_tau,
-        default=0.5,
-        metavar="T",
-        help="exit above this similarity; auto: what riverinfer calibrate certified (default: 0.5)",
-    )
-    group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
-    group.add_argument("--max-depth", type=int, metavar="N", help="every token exits here at the latest")
+    _depths(group)
     group.add_argument(
         "--gate",
         choices=("similarity", "fixed", "never", "always"),
@@ -390,11 +401,7 @@ def _river(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backbone-layers", type=int, metavar="N", help="load only the first N backbone layers; all tokens exit there"
     )
-    group.add_argument("--repair", type=int, default=0, metavar="R", help="rewrite K and V exactly every R tokens")
-    group.add_argument(
-        "--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4; lossless: the faster, measured)"
-    )
-    group.add_argument("--river-group", type=int, metavar="G", help="weights a scale, 0 = a row (8 bits) (default: 64)")
+    group.add_argument("--repair", type=int, default=0, metavar="R", help=repair)
     group.add_argument(
         "--draft",
         choices=("auto", "river", "lookup"),
@@ -402,6 +409,25 @@ def _river(parser: argparse.ArgumentParser) -> None:
         help="lossless mode: lookup repeats what stands in the text and needs no river; river has one even where it is"
         " no faster than the backbone (default: auto)",
     )
+    _loaded_copy(group, "4; lossless: the faster, measured")
+
+
+def _depths(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--tau",
+        type=_tau,
+        default=0.5,
+        metavar="T",
+        help="exit above this similarity; auto: what riverinfer calibrate certified (default: 0.5)",
+    )
+    group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
+    group.add_argument("--max-depth", type=int, metavar="N", help="every token exits here at the latest")
+
+
+def _loaded_copy(group: argparse._ActionsContainer, bits: str) -> None:
+    """Which copy an engine exits into or drafts in. ``bits``: the default, in words."""
+    group.add_argument("--river-bits", type=int, choices=(4, 8), help=f"bits a weight (default: {bits})")
+    group.add_argument("--river-group", type=int, metavar="G", help="weights a scale, 0 = a row (8 bits) (default: 64)")
     group.add_argument(
         "--river-method",
         choices=("hqq", "awq", "rtn"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from typing import TYPE_CHECKING
 
-from riverinfer.cli.setup import model_dir, use_huge_pages
-from riverinfer.errors import InvalidRequestError
+from riverinfer.cli.setup import load_engine, model_dir, use_huge_pages
+from riverinfer.errors import InvalidRequestError, RiverinferWarning
 from riverinfer.progress import ConsoleProgress
 
 if TYPE_CHECKING:
@@ -28,23 +29,22 @@ def run(args: argparse.Namespace) -> int:
         check_integer("--shots", args.shots, 0)
     folder = model_dir(args)
     from riverinfer.chat_template import load_templates
-    from riverinfer.evidence.paper import as_dict, measure
+    from riverinfer.evidence.paper import Settings, as_dict, measure
     from riverinfer.evidence.paper_table import table
 
     chat = not args.no_chat_template and bool(load_templates(folder))
     benchmarks = _benchmarks(args, chat)
     progress = ConsoleProgress(quiet_s=1.0)
-    with _load(args, progress) as engine:
+    with _load(args) as engine:
         measured = [
-            measure(engine, each, tau=args.tau, chat=chat, max_tokens=args.max_tokens, progress=progress)
-            for each in benchmarks
+            measure(engine, each, chat=chat, max_tokens=args.max_tokens, progress=progress) for each in benchmarks
         ]
-        name, river = engine.model_dir.resolve().name, str(engine.river_settings)
+        name = engine.model_dir.resolve().name
+        settings = Settings.of(engine, certified=args.tau == "auto", chat=chat, max_tokens=args.max_tokens)
     if args.json:
-        settings = {"tau": args.tau, "river": river, "chat": chat, "max_tokens": args.max_tokens}
         print(json.dumps(as_dict(name, measured, settings), indent=1))
     else:
-        print(table(name, measured, tau=args.tau, river=river, max_tokens=args.max_tokens))
+        print(table(name, measured, settings))
     return 0
 
 
@@ -66,19 +66,16 @@ def _benchmarks(args: argparse.Namespace, chat: bool) -> list[Benchmark]:
     return found
 
 
-def _load(args: argparse.Namespace, progress: ConsoleProgress) -> Engine:
-    from riverinfer.engine import Engine
-
-    return Engine.load(
-        model_dir(args),
-        device=args.device,
-        dtype=args.dtype,
-        ctx_size=args.ctx_size,
-        max_sequences=1,
-        mode="river",
-        threads=args.threads,
-        progress=progress,
-        tau=args.tau,
-        river_bits=args.river_bits,
-        river_group=args.river_group,
-    )
+def _load(args: argparse.Namespace) -> Engine:
+    with warnings.catch_warnings():
+        # The engine would note that it runs exact mode, which here is refused.
+        warnings.filterwarnings("ignore", ".*could certify no tau", RiverinferWarning)
+        engine = load_engine(args)
+    if engine.mode != "river":
+        engine.close()
+        raise InvalidRequestError(
+            "a calibration could certify no tau for this river, no token would exit",
+            field="--tau",
+            remedy="calibrate with more prompts (riverinfer calibrate MODEL_DIR --prompts FILE), or give a number",
+        )
+    return engine

@@ -23,6 +23,39 @@ WAYS = ("exact", "river", "full river", "lossless")
 """exact: the backbone. river: exits above tau. full river: no backbone. lossless: drafts, verified."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What all ways share, and what "river" exits by.
+
+    tau: one number, or one a layer. certified: a calibration's, see ``riverinfer.evidence.certificate``.
+    max_depth: None, no limit. river, river_head: the copy, and whose logits tokens in it get. max_tokens: of an answer.
+    """
+
+    tau: float | Sequence[float]
+    certified: bool
+    min_depth: int
+    max_depth: int | None
+    river: str
+    river_head: str
+    chat: bool
+    max_tokens: int
+
+    @classmethod
+    def of(cls, engine: Engine, *, certified: bool, chat: bool, max_tokens: int) -> Settings:
+        """Those of an engine as it is loaded: where no kernel reads a quantized head, "exact" is what is used."""
+        options = engine.river_options
+        return cls(
+            tau=options.tau,
+            certified=certified,
+            min_depth=options.min_depth,
+            max_depth=options.max_depth,
+            river=str(engine.river_settings),
+            river_head="exact" if engine.model.river_head is None else "quantized",
+            chat=chat,
+            max_tokens=max_tokens,
+        )
+
+
 @dataclass
 class Answers:
     """What one way said to all questions of a benchmark, in their order.
@@ -94,23 +127,17 @@ def measure(
     engine: Engine,
     benchmark: Benchmark,
     *,
-    tau: float = 0.5,
     chat: bool = True,
     max_tokens: int = 256,
     progress: Progress | None = None,
 ) -> Measured:
     """Ask every question in all ``WAYS``, one after the other and each time with another first; then have it scored.
 
-    The engine needs a river (``mode="river"``, or lossless with ``draft="river"``). Raises what ``Engine.generate``
-    and ``benchmark.score`` raise.
+    The engine needs a river (``mode="river"``, or lossless with ``draft="river"``); "river" takes its own options.
+    Raises what ``Engine.generate`` and ``benchmark.score`` raise.
     """
-    rivers = {
-        "exact": None,
-        "river": RiverOptions(tau=tau),
-        "full river": RiverOptions(gate="always"),
-        "lossless": None,
-    }
-    modes = {way: "river" if river else way for way, river in rivers.items()}
+    modes = {way: "river" if way == "full river" else way for way in WAYS}
+    rivers = {way: RiverOptions(gate="always") if way == "full river" else None for way in WAYS}
     found = {way: Answers(way) for way in WAYS}
     for number, item in enumerate(benchmark.items):
         if progress is not None:
@@ -154,7 +181,7 @@ def _speedup(rates: Sequence[float], exact: Sequence[float]) -> Interval | None:
     return paired([a for a, _ in timed], [b for _, b in timed]).exp()
 
 
-def as_dict(model: str, measured: Sequence[Measured], settings: dict[str, Any]) -> dict[str, Any]:
+def as_dict(model: str, measured: Sequence[Measured], settings: Settings) -> dict[str, Any]:
     """Everything as JSON types, the paper's rows and each answer included."""
 
     def questions(each: Measured) -> Iterator[dict[str, Any]]:
@@ -167,7 +194,7 @@ def as_dict(model: str, measured: Sequence[Measured], settings: dict[str, Any]) 
     return {
         "schema": "riverinfer.paper/1",
         "model": model,
-        "settings": settings,
+        "settings": asdict(settings),
         "paper": SOURCE,
         "benchmarks": [
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from riverinfer.evidence.paired import Share
-from riverinfer.evidence.paper import Measured, Row
+from riverinfer.evidence.paper import Measured, Row, Settings
 from riverinfer.evidence.paper_figures import SHOTS, SOURCE, PaperRow, paper_rows
 from riverinfer.evidence.statistics import Interval
 
@@ -13,13 +13,13 @@ _HEAD = ("", "accuracy % [95 %]", "p", "speedup [95 %]", "tokens/s", "depth")
 _BLANK = "-"
 
 
-def table(model: str, measured: Sequence[Measured], *, tau: float, river: str, max_tokens: int) -> str:
+def table(model: str, measured: Sequence[Measured], settings: Settings) -> str:
     """One table a benchmark, and what its columns mean.
 
-    model: the folder's name, by which the paper's columns are chosen. river: which copy tokens exit into.
+    model: the folder's name, by which the paper's columns are chosen.
     """
-    parts = [f"{model}, river {river}, tau {tau:g}, greedy, answers of at most {max_tokens} tokens"]
-    parts += [_benchmark(model, each, tau) for each in measured]
+    parts = [f"{model}, {_described(settings)}"]
+    parts += [_benchmark(model, each, _tau(settings)) for each in measured]
     parts.append(
         "accuracy: Wilson's interval. p: McNemar's exact test against exact, on the same questions. speedup: over\n"
         "exact, geometric mean over questions and its bootstrap interval; prompts not counted. depth: backbone layers\n"
@@ -28,12 +28,23 @@ def table(model: str, measured: Sequence[Measured], *, tau: float, river: str, m
     return "\n\n".join(parts)
 
 
-def _benchmark(model: str, measured: Measured, tau: float) -> str:
+def _described(settings: Settings) -> str:
+    depths = f"depth {settings.min_depth} to {'all' if settings.max_depth is None else settings.max_depth}"
+    tau = _tau(settings) + (" (certified)" if settings.certified else "")
+    river = f"river {settings.river} with {settings.river_head} head"
+    return f"{river}, {tau}, {depths}, greedy, answers of at most {settings.max_tokens} tokens"
+
+
+def _tau(settings: Settings) -> str:
+    return f"tau {settings.tau:g}" if isinstance(settings.tau, (int, float)) else "tau by layer"
+
+
+def _benchmark(model: str, measured: Measured, tau: str) -> str:
     benchmark = measured.benchmark
     columns = paper_rows(model, benchmark.name)
     lines = [[*_HEAD, *(f"paper: {row.model}" for row in columns)]]
     for row in measured.rows:
-        name = f"river, tau {tau:g}" if row.way == "river" else row.way
+        name = f"river, {tau}" if row.way == "river" else row.way
         lines.append([name, *_cells(row), *(_paper_cell(row.way, paper) for paper in columns)])
     count = len(benchmark.items)
     shots = f"{benchmark.shots} example{'s' if benchmark.shots != 1 else ''} each"
