@@ -22,7 +22,7 @@ from riverinfer.evidence.audit_run import run_audit
 from riverinfer.evidence.summary import terminal
 from riverinfer.evidence.sweep import OTHERS
 
-SETTINGS = AuditSettings(tokens=16, taus=(0.9,), samples=6, strategy_prompts=2, floor_prompts=1, drift_tokens=24)
+SETTINGS = AuditSettings(tokens=16, taus=(0.9,), samples=6, floor_prompts=1, drift_tokens=24)
 RIVER = ["--device", "cpu", "--dtype", "float32", "--river-bits", "4", "--river-group", "32", "--river-method", "rtn"]
 SMALL = ["-c", "128", "--tokens", "6", "--drift-tokens", "12", "--repair", "4", *RIVER]
 
@@ -41,8 +41,8 @@ def audit(engine: Engine) -> Audit:
 def test_the_report_tells_a_gate_that_knows_from_a_coin(audit: Audit) -> None:
     by_name = {comparison.name: comparison for comparison in audit.comparisons}
     assert list(by_name) == ["similarity, tau 0.5", "similarity, tau 0.9", "planted", "coin"]
-    assert by_name["planted"].beats_shuffled
-    assert not by_name["coin"].beats_shuffled
+    assert by_name["planted"].shuffled.beats
+    assert not by_name["coin"].shuffled.beats
     shown = " ".join(terminal(audit, width=10_000).split())
     assert "Planted (mean depth 2.6) beats shuffled depths" in shown
     assert "does not beat shuffled depths" in next(line for line in audit.findings if line.startswith("Coin"))
@@ -56,7 +56,7 @@ def test_points_have_every_family_and_a_front(audit: Audit) -> None:
     assert by_family["exact"].quality.kl.mean == by_family["lossless"].quality.kl.mean == 0
     assert by_family["full river"].quality.mean_depth == 0
     assert by_family["full river"].quality.kl.mean > by_family["static"].quality.kl.mean
-    assert {point.prompts for point in audit.points if point.family in OTHERS} == {2}
+    assert {point.prompts for point in audit.points} == {8}
     front = [point for point in audit.points if point.front]
     for point in audit.points:
         quality = point.quality
@@ -71,13 +71,15 @@ def test_it_is_whole(audit: Audit) -> None:
     assert audit.quality == audit.comparisons[0].gate
     assert len(audit.gate_error.exits) == 8 * 6 * 4
     assert audit.drift is not None
-    assert (audit.drift.tokens, audit.drift.texts) == (23, 2)
-    assert "too few to call it growth" in " ".join(audit.findings)
+    assert (audit.drift.tokens, audit.drift.texts) == (23, 6)
+    assert "too few to call it growth" not in " ".join(audit.findings)
     assert audit.better is not None
-    assert set(audit.better.calibration) & set(audit.better.judged) == set()
+    assert (audit.better.folds, audit.better.wanted_depth) == (4, 2)
+    assert {len(each.comparison.gate.kl_by_prompt) for each in audit.better.candidates} == {8}
     assert audit.better.verdict.capitalize() in [line.capitalize() for line in audit.findings]
     free = audit.free_running
-    assert len(free.river.share) == SETTINGS.tokens
+    assert len(free.river.parted) == len(free.repaired.parted) == 8
+    assert len(free.river.share) == 1 + max(24 if at is None else at for at in free.river.parted)
     assert free.river.share[0] == 1  # the first token comes with the exact prompt
     assert 0 < free.same_tokens < 1
     assert free.likelihood_ratio > 1
@@ -115,7 +117,7 @@ def test_other_files_are_refused(content: str, problem: str, tmp_path: Path) -> 
 def test_what_cannot_be_audited(engine: Engine) -> None:
     with pytest.raises(InvalidRequestError, match="only one prompt"):
         run_audit(engine, prompts(1), SETTINGS)
-    with pytest.raises(ContextLengthError, match="309 tokens, the context 256"):
+    with pytest.raises(ContextLengthError, match="prompt 1 has 9 tokens, with a text of 300"):
         run_audit(engine, prompts(2), replace(SETTINGS, drift_tokens=300))
     with load(mode="exact") as exact, pytest.raises(InvalidRequestError, match="no river"):
         run_audit(exact, prompts(2), SETTINGS)
@@ -136,8 +138,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     audit = load_audit(saved)
     assert audit.gate == "similarity, tau 0.9"
     assert audit.prompts == ("Once", "upon a", "time")
-    assert (audit.settings["river"], audit.settings["repair"], audit.better) == ("w4g32-rtn", 4, None)
-    assert "too few prompts" in " ".join(printed.split())
+    assert (audit.settings["river"], audit.settings["repair"], audit.drift.texts) == ("w4g32-rtn", 4, 3)
+    assert "too few prompts to be told from" in " ".join(printed.split())
     for text in ("similarity, tau 0.98", "static, depth", "KL chained", "r last V cosine"):
         assert text in printed
     quiet = [*flags[2:], "--json", "--no-gates", "--drift-tokens", "0", "--prompts", str(asked)]
@@ -145,6 +147,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = json.loads(capsys.readouterr().out)
     assert found["drift"] is None
     assert found["schema"] == SCHEMA
+
+
+@pytest.mark.filterwarnings("default::riverinfer.errors.RiverinferWarning")
+def test_the_certified_tau_is_audited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIVERINFER_CACHE", str(tmp_path))
+    asked, model = tmp_path / "p.txt", str(ROOT / "llama")
+    asked.write_text("\n".join(f"Once {word}" for word in ("upon", "a", "time", "there", "was", "one")))
+    river = ["--prompts", str(asked), "-c", "128", *RIVER]
+    audit = ["audit", model, *river, "--tokens", "6", "--drift-tokens", "0", "--no-gates", "--json", "--tau", "auto"]
+    certify = ["calibrate", model, *river, "--horizon", "6"]
+    assert main([*certify, "--max-disagreement", "0.9", "--repair", "4", "--json"]) == 0
+    tau = json.loads(capsys.readouterr().out)["tau"]
+    assert main([*audit, "--repair", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gate"], found["settings"]["repair"]) == (f"similarity, tau {tau:g}", 4)
+    assert main(audit) == 2  # certified with repair only
+    assert "repair (4 there, 0 here)" in capsys.readouterr().err
+    assert main(certify) == 0
+    assert main(audit) == 2
+    assert "--tau auto: could certify nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

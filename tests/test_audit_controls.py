@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from audit_models import blind, load, planted, texts
 
 from riverinfer import Engine
-from riverinfer.evidence.controls import GivenDepths, Trial, compare, run_trial, shuffled_depths, static_mix
+from riverinfer.evidence.controls import (
+    Comparison,
+    GivenDepths,
+    Trial,
+    compare,
+    run_trial,
+    shuffled_depths,
+    static_mix,
+)
 from riverinfer.evidence.quality import Judge, Scored, exact_again, floor_of
+from riverinfer.evidence.statistics import TAIL, bootstrap, holm, sign_flip
 from riverinfer.gates import SimilarityGate, always, never
 
 
@@ -22,6 +33,17 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def judges(engine: Engine) -> list[Judge]:
     return [Judge(engine, text) for text in texts(engine, 10, 24)]
+
+
+def only(name: str, trials: list[Trial]) -> Comparison:
+    return compare({name: trials}, 5)[0]
+
+
+def made_trial(gate: float, static: float, shuffled: float) -> Trial:
+    def walk(kl: float) -> Scored:
+        return Scored((kl, kl), (True, True), (0.0, 0.0), (1, 5), 1.0)
+
+    return Trial(walk(gate), walk(static), (walk(shuffled),))
 
 
 @pytest.mark.parametrize("depths", [[1, 4, 4, 2, 0], [3, 3, 3], [0], [5, 0, 0, 0], [1, 2] * 7])
@@ -44,21 +66,22 @@ def test_walks_have_the_depths_that_were_dealt(judges: list[Judge]) -> None:
     assert len(set(depths)) > 1
     assert trial.static.depths == tuple(static_mix(depths))
     assert [walk.depths for walk in trial.shuffled] == [tuple(shuffled_depths(depths, 6 + i)) for i in range(3)]
-    assert compare("it", [trial], 5).shuffled.mean_depth == pytest.approx(sum(depths) / len(depths))
+    assert only("it", [trial]).shuffled.control.mean_depth == pytest.approx(sum(depths) / len(depths))
 
 
 def test_a_gate_that_knows_the_error_beats_its_controls(judges: list[Judge]) -> None:
-    found = compare("planted", [run_trial(j, planted(j), shuffles=2, seed=i) for i, j in enumerate(judges)], 5)
-    assert found.beats_shuffled
-    assert found.over_shuffled.mean == pytest.approx(found.shuffled.kl.mean - found.gate.kl.mean)
+    found = only("planted", [run_trial(j, planted(j), shuffles=2, seed=i) for i, j in enumerate(judges)])
+    assert found.shuffled.beats
+    difference = found.shuffled.difference
+    assert difference.mean == pytest.approx(found.shuffled.control.kl.mean - found.gate.kl.mean)
     assert "beats shuffled depths: KL" in found.verdict
-    assert f"({found.over_shuffled.low:.4f}..{found.over_shuffled.high:.4f})" in found.verdict
+    assert f"({difference.low:.4f}..{difference.high:.4f})" in found.verdict
 
 
 def test_a_coin_does_not(judges: list[Judge]) -> None:
-    found = compare("coin", [run_trial(j, blind(j), shuffles=2, seed=i) for i, j in enumerate(judges)], 5)
+    found = only("coin", [run_trial(j, blind(j), shuffles=2, seed=i) for i, j in enumerate(judges)])
     assert found.chooses
-    assert not found.beats_shuffled
+    assert not found.shuffled.beats
     assert "does not beat shuffled depths" in found.verdict
 
 
@@ -67,35 +90,63 @@ def test_the_opposite_of_knowing_is_worse(judges: list[Judge]) -> None:
         depths = judge.walk(planted(judge)).depths
         return GivenDepths([5 - depth for depth in depths])
 
-    found = compare("wrong", [run_trial(j, upside_down(j), shuffles=1, seed=i) for i, j in enumerate(judges)], 5)
+    found = only("wrong", [run_trial(j, upside_down(j), shuffles=1, seed=i) for i, j in enumerate(judges)])
     assert "is worse than shuffled depths" in found.verdict
-    assert not found.beats_shuffled
+    assert not found.shuffled.beats
 
 
 def test_what_spreading_depths_gains_is_not_called_choice() -> None:
-    def walk(kl: float) -> Scored:
-        return Scored((kl, kl), (True, True), (0.0, 0.0), (1, 5), 1.0)
-
-    spread = [Trial(walk(0.1), walk(0.2), (walk(0.1 + (i - 2.5) / 100),)) for i in range(6)]
-    found = compare("it", spread, 5)
-    assert (found.beats_static, found.beats_shuffled) == (True, False)
+    spread = [made_trial(0.1, 0.2, 0.1 + (i - 2.5) / 100) for i in range(6)]
+    found = only("it", spread)
+    assert (found.static.beats, found.shuffled.beats) == (True, False)
     assert found.verdict.endswith("but no more surely than its own depths do at random")
-    chosen = [Trial(walk(0.1), walk(0.2), (walk(0.15),)) for _ in range(6)]
-    assert "at random" not in compare("it", chosen, 5).verdict
+    assert "at random" not in only("it", [made_trial(0.1, 0.2, 0.15)] * 6).verdict
+
+
+def test_of_many_settings_one_must_be_surer() -> None:
+    lucky = [made_trial(0.1, 0.1, 0.1 + (2 if i else -1) / 100) for i in range(8)]
+    alone = only("it", lucky)
+    assert alone.shuffled.difference.above_zero
+    assert alone.shuffled.p_better == 2 / 256
+    assert alone.shuffled.beats
+    plain = {f"setting {n}": [made_trial(0.1, 0.1, 0.1 + (i - 3.5) / 100) for i in range(8)] for n in range(3)}
+    same = Scored((0.1,), (True,), (0.0,), (3,), 1.0)
+    idle = [Trial(same, same, (same,))] * 8
+    together = compare({"it": lucky, "idle": idle, **plain}, 5)
+    assert [each.together for each in together] == [4] * 5
+    assert together[0].shuffled.p_better == 4 * 2 / 256
+    assert not together[0].shuffled.beats
+    assert "does not beat shuffled depths beyond what luck gives" in together[0].verdict
+    assert (together[1].shuffled.p_better, together[1].chooses) == (1, False)
+
+
+@pytest.mark.parametrize("prompts", [8, 16])
+def test_gates_that_choose_no_better_are_seldom_said_to(prompts: int) -> None:
+    """Five gates on the same prompts, KL as skewed as it is: hardly one audit in forty may praise any of them."""
+    rng, audits = np.random.default_rng(prompts), 1500
+    hard = rng.lognormal(-2, 0.7, (audits, 1, prompts, 1))
+    walks = hard * rng.lognormal(0, 0.3, (audits, 5, prompts, 3))
+    differences = walks[..., 1:].mean(-1) - walks[..., 0]  # [audits, gates, prompts], as of two shuffles
+    praised = sum(min(holm([sign_flip(gate) for gate in audit])) <= TAIL for audit in differences.tolist()) / audits
+    assert praised <= TAIL + 3 * math.sqrt(TAIL * (1 - TAIL) / audits)
+    # That is what the rule before was: the bootstrap interval of any gate above zero.
+    some = differences[:300].tolist()
+    naive = sum(any(bootstrap(gate).above_zero for gate in audit) for audit in some) / len(some)
+    assert naive > 2 * TAIL
 
 
 def test_few_prompts_prove_nothing(judges: list[Judge]) -> None:
-    found = compare("planted", [run_trial(j, planted(j), shuffles=1) for j in judges[:3]], 5)
-    assert found.over_shuffled.above_zero
-    assert not found.beats_shuffled
-    assert "too few prompts" in found.verdict
+    found = only("planted", [run_trial(j, planted(j), shuffles=1) for j in judges[:5]])
+    assert found.shuffled.difference.above_zero
+    assert not found.shuffled.beats
+    assert "was tried on too few prompts to be told from shuffled depths" in found.verdict
 
 
 def test_a_gate_that_gives_all_the_same_depth_chooses_nothing(judges: list[Judge]) -> None:
-    found = compare("always", [run_trial(j, always(), shuffles=2) for j in judges], 5)
+    found = only("always", [run_trial(j, always(), shuffles=2) for j in judges])
     assert not found.chooses
-    assert found.over_shuffled.mean == found.over_static.mean == 0
-    assert not found.beats_static
+    assert found.shuffled.difference.mean == found.static.difference.mean == 0
+    assert not found.static.beats
     assert "chooses nothing" in found.verdict
 
 

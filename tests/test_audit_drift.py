@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
 from statistics import fmean
 
 import pytest
@@ -15,8 +17,11 @@ from riverinfer.errors import NoFreeSlotError
 from riverinfer.evidence.drift import PATHS, DriftWalk, sampled_text, summarize_drift, walk_drift
 from riverinfer.evidence.forced import walk_forced
 from riverinfer.evidence.quality import Judge
-from riverinfer.evidence.survival import survival
+from riverinfer.evidence.statistics import TAIL
+from riverinfer.evidence.survival import parting, survival
 from riverinfer.gates import FixedDepth, always, never
+from riverinfer.river import RiverOptions
+from riverinfer.sampling import SamplingParams
 from riverinfer.sequence import TokenSequence
 
 EVERY = 8
@@ -111,9 +116,31 @@ def test_it_needs_its_slots() -> None:
 
 
 def test_survival_by_hand() -> None:
-    exact = (1, 2, 3, 4)
-    found = survival([(exact, exact), (exact, (1, 9, 3, 4)), (exact, (1, 2, 3, 9)), (exact, (1, 9, 9, 9))])
+    found = survival([None, 1, 3, 1], 4)
     assert found.parted == (None, 1, 3, 1)
     assert found.share == (1.0, 0.5, 0.5, 0.25)
     assert found.median == 2
-    assert survival([(exact, exact)]).median is None
+    assert survival([None], 4).median is None
+
+
+@pytest.mark.parametrize("depth", [0, 2, 4])
+def test_texts_part_where_the_modes_own_texts_do(engine: Engine, depth: int) -> None:
+    params, options = SamplingParams(max_tokens=40), {0: RiverOptions(gate="always")}
+    for _, ids in prompts(4):
+        how = options.get(depth, RiverOptions(gate="fixed", min_depth=depth))
+        exact = engine.generate(ids, params, mode="exact").token_ids
+        wanted = []
+        for repair in (0, EVERY):
+            river = engine.generate(ids, params, mode="river", river=replace(how, repair=repair)).token_ids
+            pairs = enumerate(zip_longest(exact, river))
+            wanted.append(next((at for at, (ours, other) in pairs if ours != other), None))
+        *parted, count = parting(engine, ids, how.make_gate, EVERY, 40)
+        assert parted == wanted
+        assert count == len(exact) if None in wanted else count == max(wanted) + 1
+    assert engine.slots.busy == 0
+
+
+def test_growth_needs_six_texts(walks: list[DriftWalk]) -> None:
+    six, five = summarize_drift(walks, EVERY), summarize_drift(walks[:5], EVERY)
+    assert (six.p_grows, six.p_shrinks) == (1 / 64, 1)
+    assert five.p_grows == 1 / 32 > TAIL

@@ -16,7 +16,6 @@ from riverinfer.decode import decode_one, prefill
 from riverinfer.evidence.better_gates import (
     CANDIDATES,
     RECENT,
-    Candidate,
     Example,
     FittedGate,
     GateFit,
@@ -25,7 +24,7 @@ from riverinfer.evidence.better_gates import (
     fit_gate,
     judged,
 )
-from riverinfer.evidence.controls import Trial, compare
+from riverinfer.evidence.controls import Trial
 from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.gate_error import (
     Exit,
@@ -205,12 +204,14 @@ def test_only_who_beats_shuffled_depths_is_kept() -> None:
         return Scored((kl, kl), (True, True), (0.0, 0.0), (1, 3), 1.0)
 
     fit = GateFit("similarity", (), (), (), (0, 0, 0), 0, 0, 0)
-    good = [Trial(walk(0.1), walk(0.2), (walk(0.2 + i / 100),)) for i in range(6)]
-    bad = [Trial(walk(0.2), walk(0.1), (walk(0.2 + (i - 2.5) / 100),)) for i in range(6)]
+    good = [Trial(walk(0.1), walk(0.2), (walk(0.2 + i / 100),)) for i in range(8)]
+    bad = [Trial(walk(0.2), walk(0.1), (walk(0.2 + (i - 3.5) / 100),)) for i in range(8)]
     named = {"similarity": good, "confidence": bad, "combination": good}
-    found = judged([0], [1], [Candidate(replace(fit, name=n), 2, compare(n, t, 5)) for n, t in named.items()])
+    fits = {name: replace(fit, name=name) for name in named}
+    found = judged(fits, named, 2, 4, 5)
     assert found.kept == ("combination",)
     assert "combination" in found.verdict
-    none = judged([0], [1], [Candidate(replace(fit, name="confidence"), 2, compare("it", bad, 5))])
+    assert [each.fit.name for each in found.candidates] == list(named)
+    none = judged(fits, {"confidence": bad}, 2, 4, 5)
     assert none.kept == ()
     assert "no candidate gate beats shuffled depths" in none.verdict

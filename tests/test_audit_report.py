@@ -11,8 +11,8 @@ import pytest
 from self_contained import assert_self_contained
 
 from riverinfer.evidence.audit import Audit, FreeRunning
-from riverinfer.evidence.better_gates import Candidate, GateFit, judged
-from riverinfer.evidence.controls import Comparison, Trial, compare
+from riverinfer.evidence.better_gates import GateFit, judged
+from riverinfer.evidence.controls import Trial, compare
 from riverinfer.evidence.drift import PATHS, DriftWalk, summarize_drift
 from riverinfer.evidence.findings import findings
 from riverinfer.evidence.gate_error import Exit, KVError, Sampled
@@ -22,7 +22,7 @@ from riverinfer.evidence.report import report_html, summary
 from riverinfer.evidence.survival import survival
 from riverinfer.evidence.sweep import Point, mark_front
 
-LAYERS, PROMPTS, TOKENS = 6, 6, 8
+LAYERS, PROMPTS, TOKENS = 6, 8, 8
 EVIL = '"><script src="http://evil.example/x.js">alert(1)</script><img onerror=x>&amp;\x00\ud800$x$'
 FIGURES = ["by-prompt", "similarity", "scatter", "correlations", "controls", "candidates", "depths", "sweep", "pareto"]
 FIGURES += ["drift", "sawtooth", "survival"]
@@ -67,13 +67,13 @@ def scored(rng: random.Random, kl: float, depths: tuple[int, ...], seconds: floa
     return Scored(values, tuple(rng.random() > kl for _ in depths), values, depths, seconds)
 
 
-def comparison(rng: random.Random, name: str, kl: float, gain: float, deepest: int) -> Comparison:
+def trials_of(rng: random.Random, kl: float, gain: float, deepest: int) -> list[Trial]:
     trials = []
     for _ in range(PROMPTS):
         depths = tuple(rng.randint(1, deepest) for _ in range(TOKENS))
         gate, static, shuffled = (scored(rng, each, depths) for each in (kl, kl * gain, kl * gain))
         trials.append(Trial(gate, static, (shuffled, shuffled)))
-    return compare(name, trials, LAYERS)
+    return trials
 
 
 def gate_errors(rng: random.Random) -> GateError:
@@ -103,16 +103,19 @@ def make_audit() -> Audit:
     rng = random.Random(0)
     whole = (LAYERS,) * TOKENS
     names = {"similarity, tau 0.5": (0.2, 1.5, 2), "similarity, tau 0.9": (0.1, 1.0, 5)}
-    compared = tuple(comparison(rng, name, *values) for name, values in names.items())
+    compared = compare({name: trials_of(rng, *values) for name, values in names.items()}, LAYERS)
     exact = summarize([[scored(rng, 0.0, whole, 2.0)]] * PROMPTS, LAYERS)
     full = summarize([[scored(rng, 0.3, (0,) * TOKENS, 0.4)]] * PROMPTS, LAYERS)
     points = [Point("exact", "", exact, PROMPTS), Point("lossless", "", exact, PROMPTS)]
     points += [Point("full river", "w4", full, PROMPTS)]
     points.append(Point("masking (D-LLM)", "tau 0.5", summarize([[scored(rng, 17.0, whole)]] * 2, LAYERS), 2))
     for each in compared:
-        points += [Point("similarity", each.name[12:], each.gate, PROMPTS), Point("static", "", each.static, PROMPTS)]
+        points += [
+            Point("similarity", each.name[12:], each.gate, PROMPTS),
+            Point("static", "", each.static.control, PROMPTS),
+        ]
     fit = GateFit("confidence", (0.0,), (1.0,), (0.0,), (0.0, -1.0, 0.0), 0.5, 0.5, 0.1)
-    parting = survival([([1, 2, 3, 4], [1, 2, 3, 4]), ([1, 2, 3, 4], [1, 0, 3, 4])])
+    parting = survival([None, 1], 4)
     floor_part = (scored(rng, 0.0, whole), scored(rng, 0.001, whole), 0.01)
     return findings(
         Audit(
@@ -136,7 +139,7 @@ def make_audit() -> Audit:
             points=mark_front(points),
             lossless_same=PROMPTS,
             drift=summarize_drift([drift_walk(rng) for _ in range(2)], 4),
-            better=judged((0, 2), (1, 3), [Candidate(fit, 3.0, comparison(rng, "confidence", 0.1, 2.0, 4))]),
+            better=judged({"confidence": fit}, {"confidence": trials_of(rng, 0.1, 2.0, 4)}, 3, 4, LAYERS),
             findings=(),
         )
     )
@@ -181,7 +184,7 @@ def test_findings_and_figures_are_there(audit: Audit, page: Page) -> None:
 def test_the_sentences_on_top(audit: Audit) -> None:
     first, second = summary(audit)
     assert f"pass {audit.quality.mean_depth:.1f} of 6 layers in full precision, 2.0x as fast" in first
-    assert "Of 2 settings at which gates choose, 1 did better than the same depths" in second
+    assert "Of 2 settings at which gates choose, 1 did surely better than the same depths" in second
     idle = replace(audit, comparisons=tuple(replace(each, chooses=False) for each in audit.comparisons), points=())
     (only,) = summary(idle)
     assert "as fast" not in only
@@ -189,7 +192,7 @@ def test_the_sentences_on_top(audit: Audit) -> None:
 
 def test_what_is_lacking_is_left_out(audit: Audit) -> None:
     errors = replace(audit.gate_error, exits=(), correlations=(), layers=(), by_layer=())
-    free = replace(audit.free_running, river=survival([([], [])]))
+    free = replace(audit.free_running, river=survival([None], 0))
     bare: dict[str, Any] = {"comparisons": (), "points": (), "drift": None, "better": None, "findings": ()}
     text = report_html(replace(audit, gate_error=errors, free_running=free, settings={}, environment={}, **bare))
     page = Page(text)

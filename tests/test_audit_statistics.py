@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from riverinfer.evidence.quality import Scored, score, summarize
-from riverinfer.evidence.statistics import Interval, bootstrap, paired, pearson, spearman
+from riverinfer.evidence.statistics import (
+    Interval,
+    bootstrap,
+    holm,
+    least_p,
+    paired,
+    pearson,
+    sign_flip,
+    spearman,
+    student,
+)
+from riverinfer.evidence.sweep import Point, mark_front
 
 
 def test_correlations_by_hand() -> None:
@@ -41,6 +52,57 @@ def test_the_bootstrap_of_many_values_is_the_normal_interval() -> None:
     assert found.mean == pytest.approx(fmean(values))
     assert found.low == pytest.approx(fmean(values) - half, abs=0.1 * half)
     assert found.high == pytest.approx(fmean(values) + half, abs=0.1 * half)
+
+
+def test_intervals_of_few_values_are_wide_enough() -> None:
+    rng, draws = random.Random(3), 1000
+    for count in (5, 12):
+        found = [bootstrap([rng.gauss(1, 1) for _ in range(count)]) for _ in range(draws)]
+        covered = sum(each.low <= 1 <= each.high for each in found) / draws
+        assert covered == pytest.approx(0.95, abs=0.03), count  # the plain percentiles': 0.85 of 5, 0.90 of 12
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (4, 2.776), (7, 2.365), (15, 2.131), (100, 1.984)])
+def test_student(freedom: int, quantile: float) -> None:
+    assert student(freedom) == pytest.approx(quantile, abs=1e-2)
+
+
+def test_sign_flips_by_hand() -> None:
+    # Of the eight sums of +-1 +-2 +-4, two reach 5: that of all three, and that without the 1.
+    assert sign_flip([-1.0, 2.0, 4.0]) == 2 / 8
+    assert sign_flip([1.0, 2.0, 4.0]) == 1 / 8 == least_p(3)
+    assert sign_flip([-1.0, -2.0, -4.0]) == 1
+    assert sign_flip([0.0, 0.0]) == 1
+    assert sign_flip([0.1, 0.2, -0.3]) == sum(s >= 0 for s in (6, 4, 2, 0, 0, -2, -4, -6)) / 8
+    with pytest.raises(ValueError, match="no values"):
+        sign_flip([])
+
+
+def test_drawn_sign_flips_are_near_the_normal_tail() -> None:
+    rng = random.Random(4)
+    values = [rng.gauss(0.25, 1) for _ in range(60)]
+    z = sum(values) / math.sqrt(sum(v * v for v in values))
+    assert sign_flip(values) == pytest.approx(1 - NormalDist().cdf(z), abs=0.01)
+    assert sign_flip([1.0] * 60) == 1 / 10_000 == least_p(60)
+
+
+def test_holm_by_hand() -> None:
+    # Times 3, 2 and 1 from the smallest on, none below the one before it.
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_points_of_fewer_prompts_are_not_on_the_front() -> None:
+    def point(family: str, rate: float, kl: float, prompts: int) -> Point:
+        walk = Scored((kl,), (True,), (0.0,), (1,), 1 / rate)
+        return Point(family, "", summarize([[walk]] * prompts, 2), prompts)
+
+    points = [point("exact", 10, 0, 4), point("river", 20, 0.2, 4), point("static", 15, 0.3, 4)]
+    partial = point("masking", 30, 0.1, 2)
+    assert [each.front for each in mark_front(points)] == [True, True, False]
+    assert [each.front for each in mark_front([*points, partial])] == [True, True, False, False]
+    assert mark_front([]) == ()
 
 
 def test_pairing_takes_the_prompts_own_level_out() -> None:

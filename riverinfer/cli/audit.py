@@ -59,13 +59,14 @@ def _refuse(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace) -> AuditSettings:
     from riverinfer.evidence.audit import AuditSettings
 
+    given = {} if args.repair is None else {"repair": args.repair}
     return AuditSettings(
         tokens=args.tokens,
         drift_tokens=args.drift_tokens,
         drift_texts=args.drift_texts,
-        repair=args.repair,
         gates=not args.no_gates,
         seed=args.seed,
+        **given,
     )
 
 
@@ -74,8 +75,15 @@ def _measure(args: argparse.Namespace, texts: list[str], settings: AuditSettings
     from riverinfer.evidence.drift import SLOTS
     from riverinfer.evidence.prompts import prompt_ids
 
-    args.repair = 0  # the walks that are audited have none; what is repaired is told apart
+    # No walk reads the engine's own repair; a certificate for --tau auto is about one.
+    args.repair = args.repair or 0
     with load_engine(args, max_sequences=SLOTS) as engine:
+        if engine.mode != "river":
+            raise InvalidRequestError(
+                "could certify nothing, so there is no setting to audit",
+                field="--tau auto",
+                remedy="give --tau a number",
+            )
         prompts = prompt_ids(engine, texts)
         return run_audit(engine, prompts, settings, progress=ConsoleProgress(quiet_s=1.0))
 

@@ -16,7 +16,7 @@ from typing import Any
 from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.better_gates import BetterGates
 from riverinfer.evidence.controls import Comparison
-from riverinfer.evidence.drift import Drift
+from riverinfer.evidence.drift import DRIFT_TEXTS, Drift
 from riverinfer.evidence.gate_error_summary import GateError
 from riverinfer.evidence.json_tree import from_tree, to_tree
 from riverinfer.evidence.quality import Floor, Quality
@@ -25,6 +25,7 @@ from riverinfer.evidence.sweep import Point
 from riverinfer.sampling import check_integer
 
 SCHEMA = "riverinfer.audit/1"
+DRIFT_TOKENS = 2000
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class AuditSettings:
     """How much is measured.
 
     tokens: of each answer. taus: of the sweep, beside the audited setting. shuffles: of each gate's depths.
-    samples: tokens a prompt that are forced out, at ``exits`` depths.
-    strategy_prompts, floor_prompts: how many prompts the other KV strategies, and exact against itself, get.
-    drift_tokens, drift_texts: length and number of long texts; no tokens: no drift. repair: R, every so many tokens.
+    samples: tokens a prompt that are forced out, at ``exits`` depths. floor_prompts: how many are held against exact
+    itself. drift_tokens, drift_texts: length and number of long texts, and the length up to which texts are watched for
+    their first other token; 0 tokens: no drift; None: 2,000, or what the context holds. Growth can be told of
+    ``DRIFT_TEXTS`` texts at least. repair: R, every so many tokens.
     gates: whether candidate gates are tried (from 4 prompts on).
     Raises InvalidRequestError for values out of range.
     """
@@ -44,10 +46,9 @@ class AuditSettings:
     shuffles: int = 2
     samples: int = 8
     exits: int = 8
-    strategy_prompts: int = 6
     floor_prompts: int = 4
-    drift_tokens: int = 256
-    drift_texts: int = 2
+    drift_tokens: int | None = None
+    drift_texts: int = DRIFT_TEXTS
     repair: int = 16
     gates: bool = True
     seed: int = 0
@@ -55,11 +56,14 @@ class AuditSettings:
     def __post_init__(self) -> None:
         for name, low in (("tokens", 4), ("shuffles", 1), ("samples", 1), ("exits", 1), ("floor_prompts", 1)):
             check_integer(name, getattr(self, name), low)
-        for name in ("strategy_prompts", "drift_tokens", "drift_texts", "seed"):
+        for name in ("drift_texts", "seed"):
             check_integer(name, getattr(self, name), 0)
         check_integer("repair", self.repair, 1)
-        if 0 < self.drift_tokens < 4:
-            raise InvalidRequestError(f"is {self.drift_tokens}", field="drift_tokens", remedy="give 0, or 4 and more")
+        if self.drift_tokens is not None:
+            check_integer("drift_tokens", self.drift_tokens, 0)
+            if 0 < self.drift_tokens < 4:
+                problem = f"is {self.drift_tokens}"
+                raise InvalidRequestError(problem, field="drift_tokens", remedy="give 0, or 4 and more")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class FreeRunning:
     own_text: teacher-forced quality over the text that *river* said, so that its perplexity_ratio is how much less
     likely than exact river finds its own words (below 1: likelier). same_tokens: share of tokens that are exact's at
     their place. likelihood_ratio: exact's perplexity on river's text over exact's perplexity on exact's text.
-    river, repaired: when texts part from exact's, without repair and with.
+    river, repaired: when texts part from exact's, without repair and with, watched for longer than ``tokens``.
     """
 
     own_text: Quality

@@ -8,13 +8,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from riverinfer.evidence.audit import AuditSettings
-from riverinfer.evidence.better_gates import confidence
+from riverinfer.evidence.better_gates import confidence, wanted_depth
 from riverinfer.evidence.controls import Trial, run_trial
 from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.gate_error import Sampled, exit_depths, sample_errors
 from riverinfer.evidence.quality import Judge, Scored, exact_again
 from riverinfer.evidence.sweep import OTHERS, lossless_text, walk_strategy
-from riverinfer.gates import Gate, SimilarityGate, always
+from riverinfer.gates import FixedDepth, Gate, SimilarityGate, always
 from riverinfer.river import RiverOptions
 from riverinfer.sampling import SamplingParams
 
@@ -37,7 +37,7 @@ class Found:
     own: list[Scored] = field(default_factory=list)
     likelihood: list[float] = field(default_factory=list)  # log of exact's perplexity ratio of the two texts
     free: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
-    repaired: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
+    parted: list[tuple[int | None, int | None, int]] = field(default_factory=list)  # of ``parting``
     sampled: list[list[Sampled]] = field(default_factory=list)
     confidences: list[list[float]] = field(default_factory=list)
     lossless_same: int = 0
@@ -78,8 +78,10 @@ def measure_prompt(
     note("repaired", f"every {settings.repair} tokens", judge.walk(options.make_gate(), repair=settings.repair))
     river = walk_forced(engine, text, always())
     note("full river", str(engine.river_settings), judge.score(river))
-    found.confidences.append([confidence(row) for row in river.logits])
-    if index < settings.strategy_prompts and not engine.model.rope.scaled_by_length(len(text.prompt + text.answer)):
+    if settings.gates:
+        half = walk_forced(engine, text, FixedDepth(wanted_depth(engine.config.num_layers)))
+        found.confidences.append([confidence(row) for row in half.logits])
+    if not engine.model.rope.scaled_by_length(len(text.prompt + text.answer)):
         for name, kind in OTHERS.items():
             note(name, gate_label(options), judge.score(walk_strategy(engine, kind, text, options.make_gate())))
     scored, same = lossless_text(engine, text)
@@ -95,11 +97,10 @@ def measure_prompt(
 def _run_free(engine: Engine, judge: Judge, options: RiverOptions, settings: AuditSettings, found: Found) -> None:
     text = judge.text
     params = SamplingParams(max_tokens=len(text.answer), ignore_eos=True)
-    for repair, pairs in ((0, found.free), (settings.repair, found.repaired)):
-        how = RiverOptions(options.tau, options.min_depth, options.max_depth, options.gate, repair=repair)
-        output = engine.generate(list(text.prompt), params, mode="river", river=how)
-        pairs.append((text.answer, tuple(output.token_ids)))
-    own = Judge(engine, Text(text.name, text.prompt, tuple(found.free[-1][1])))
+    how = RiverOptions(options.tau, options.min_depth, options.max_depth, options.gate)
+    said = tuple(engine.generate(list(text.prompt), params, mode="river", river=how).token_ids)
+    found.free.append((text.answer, said))
+    own = Judge(engine, Text(text.name, text.prompt, said))
     found.own.append(own.walk(options.make_gate()))
     found.likelihood.append(_nll(own) - _nll(judge))
 

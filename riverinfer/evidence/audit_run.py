@@ -8,23 +8,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from riverinfer.checkpoint import Checkpoint
 from riverinfer.errors import ContextLengthError, InvalidRequestError
-from riverinfer.evidence.audit import Audit, AuditSettings, FreeRunning
+from riverinfer.evidence.audit import DRIFT_TOKENS, Audit, AuditSettings, FreeRunning
 from riverinfer.evidence.audit_prompt import AUDITED, Found, OwnGates, gate_label, measure_prompt
 from riverinfer.evidence.better_gates import (
     CANDIDATES,
+    FEWEST,
+    FOLDS,
     BetterGates,
-    Candidate,
-    Example,
     FittedGate,
+    GateFit,
     examples,
     fit_gate,
     judged,
+    wanted_depth,
 )
 from riverinfer.evidence.controls import Comparison, Trial, compare, run_trial
 from riverinfer.evidence.drift import Drift, sampled_text, summarize_drift, walk_drift
@@ -32,7 +34,7 @@ from riverinfer.evidence.findings import findings
 from riverinfer.evidence.forced import Text, exact_texts
 from riverinfer.evidence.gate_error_summary import summarize_errors
 from riverinfer.evidence.quality import Judge, floor_of, summarize
-from riverinfer.evidence.survival import survival
+from riverinfer.evidence.survival import parting, survival
 from riverinfer.evidence.sweep import Point, mark_front
 from riverinfer.progress import Progress
 from riverinfer.river import RiverOptions
@@ -57,7 +59,7 @@ def run_audit(
     not fit, and what ``Engine.generate`` raises.
     """
     settings, began = settings or AuditSettings(), time.perf_counter()
-    _check(engine, prompts, settings)
+    settings = _fitting(engine, prompts, settings)
     layers = engine.config.num_layers
     options = engine.river_options.limited(layers, engine.model.held_layers)
     texts = []
@@ -68,18 +70,19 @@ def run_audit(
     for index, text in enumerate(texts):
         measure_prompt(engine, text, index, options, settings, found, own_gates or {})
         _tell(progress, "prompts", index + 1, len(texts))
+    _survival(engine, prompts, options, settings, found, progress)
     drift = _drift(engine, prompts, options, settings, progress)
-    better = _better(engine, texts, found, settings, progress) if settings.gates and len(texts) >= 4 else None
-    comparisons = tuple(
-        compare(gate_label(options) if name == AUDITED else name, trials, layers)
-        for name, trials in found.trials.items()
+    better = _better(engine, texts, found, settings, progress) if settings.gates else None
+    comparisons = compare(
+        {gate_label(options) if name == AUDITED else name: trials for name, trials in found.trials.items()}, layers
     )
+    watched = max(count for *_, count in found.parted)
     free = FreeRunning(
         own_text=summarize([[walk] for walk in found.own], layers),
         same_tokens=fmean(a == b for pair in found.free for a, b in zip(*pair, strict=True)),
         likelihood_ratio=math.exp(fmean(found.likelihood)),
-        river=survival(found.free),
-        repaired=survival(found.repaired),
+        river=survival([river for river, _, _ in found.parted], watched),
+        repaired=survival([repaired for _, repaired, _ in found.parted], watched),
     )
     audit = Audit(
         environment=_environment(engine),
@@ -102,7 +105,8 @@ def run_audit(
     return findings(audit)
 
 
-def _check(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], settings: AuditSettings) -> None:
+def _fitting(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], settings: AuditSettings) -> AuditSettings:
+    """The settings with their ``drift_tokens``, after all that an audit needs was found."""
     if not engine.model.river:
         raise InvalidRequestError("no river is loaded", field="mode", remedy='load the engine with mode="river"')
     if engine.model.offloaded:
@@ -111,12 +115,30 @@ def _check(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], setting
         raise InvalidRequestError("the model has a single layer", remedy="audit a deeper one")
     if len(prompts) < 2:
         raise InvalidRequestError("there is only one prompt", field="prompts", remedy="give two, better twenty")
-    longest = max(len(ids) for _, ids in prompts) + max(settings.tokens, settings.drift_tokens)
-    if longest > engine.ctx_size:
+    number, longest = max(enumerate((len(ids) for _, ids in prompts), 1), key=lambda each: each[1])
+    wanted = max(settings.tokens, settings.drift_tokens or 0)
+    if longest + wanted > engine.ctx_size:
         raise ContextLengthError(
-            f"prompt and text have {longest} tokens, the context {engine.ctx_size}",
-            remedy="ask for fewer tokens or load with a larger --ctx-size (ctx_size)",
+            f"prompt {number} has {longest} tokens, with a text of {wanted} more than the context ({engine.ctx_size})",
+            remedy="leave it out, ask for fewer tokens (--tokens, --drift-tokens) or raise --ctx-size (ctx_size)",
         )
+    if settings.drift_tokens is None:
+        settings = replace(settings, drift_tokens=min(DRIFT_TOKENS, engine.ctx_size - longest))
+    return settings
+
+
+def _survival(
+    engine: Engine,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    options: RiverOptions,
+    settings: AuditSettings,
+    found: Found,
+    progress: Progress | None,
+) -> None:
+    limit = max(settings.tokens, settings.drift_tokens or 0)
+    for number, (_, ids) in enumerate(prompts, 1):
+        found.parted.append(parting(engine, ids, options.make_gate, settings.repair, limit))
+        _tell(progress, "first other tokens", number, len(prompts))
 
 
 def _drift(
@@ -143,26 +165,28 @@ def _drift(
 def _better(
     engine: Engine, texts: Sequence[Text], found: Found, settings: AuditSettings, progress: Progress | None
 ) -> BetterGates | None:
-    """Even prompts calibrate, odd ones judge, at the depth where a gate has most room: nearest half the layers."""
-    calibration, others = list(range(0, len(texts), 2)), list(range(1, len(texts), 2))
-    tokens: list[Example] = [
-        example for index in calibration for example in examples(found.sampled[index], found.confidences[index])
-    ]
-    if len(tokens) < 8:
-        return None
+    """None where the prompts are too few to fit on."""
     layers = engine.config.num_layers
-    depths = [fmean(d for trial in trials for d in trial.gate.depths) for trials in found.trials.values()]
-    wanted = min(depths, key=lambda depth: abs(depth - layers / 2))
-    fits = [fit_gate(name, tokens, wanted) for name in CANDIDATES]
+    wanted, folds = wanted_depth(layers), min(FOLDS, len(texts))
+    tokens = [
+        examples(sampled, confidences) for sampled, confidences in zip(found.sampled, found.confidences, strict=True)
+    ]
+
+    def fits_without(fold: int | None) -> dict[str, GateFit]:
+        known = [token for index, each in enumerate(tokens) if index % folds != fold for token in each]
+        return {name: fit_gate(name, known, wanted) for name in CANDIDATES}
+
+    if min(sum(len(each) for i, each in enumerate(tokens) if i % folds != fold) for fold in range(folds)) < FEWEST:
+        return None
+    by_fold = [fits_without(fold) for fold in range(folds)]
     trials: dict[str, list[Trial]] = {name: [] for name in CANDIDATES}
-    for done, index in enumerate(others, 1):
-        judge = Judge(engine, texts[index])
-        for fit in fits:
+    for index, text in enumerate(texts):
+        judge = Judge(engine, text)
+        for name, fit in by_fold[index % folds].items():
             trial = run_trial(judge, FittedGate(fit), shuffles=settings.shuffles, seed=settings.seed + index)
-            trials[fit.name].append(trial)
-        _tell(progress, "candidate gates", done, len(others))
-    candidates = [Candidate(fit, wanted, compare(fit.name, trials[fit.name], layers)) for fit in fits]
-    return judged(calibration, others, candidates)
+            trials[name].append(trial)
+        _tell(progress, "candidate gates", index + 1, len(texts))
+    return judged(fits_without(None), trials, wanted, folds, layers)
 
 
 def _points(found: Found, comparisons: Sequence[Comparison], layers: int) -> tuple[Point, ...]:
@@ -172,9 +196,9 @@ def _points(found: Found, comparisons: Sequence[Comparison], layers: int) -> tup
         depth = f"depth {comparison.gate.mean_depth:.1f}"
         family, _, setting = comparison.name.partition(", ")
         points.append(Point(family, setting, comparison.gate, count))
-        points.append(Point("static", depth, comparison.static, count))
+        points.append(Point("static", depth, comparison.static.control, count))
         if comparison.chooses:
-            points.append(Point("shuffled", f"{depth} of {comparison.name}", comparison.shuffled, count))
+            points.append(Point("shuffled", f"{depth} of {comparison.name}", comparison.shuffled.control, count))
     for (family, setting), walks in found.walks.items():
         points.append(Point(family, setting, summarize([[walk] for walk in walks], layers), len(walks)))
     return mark_front(points)

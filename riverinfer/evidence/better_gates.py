@@ -1,4 +1,6 @@
-"""Candidates for a better gate, each fitted on some prompts and judged on others against its own controls.
+"""Candidates for a better gate, judged against their own controls on prompts that they were not fitted on.
+
+The prompts are dealt into ``FOLDS``; each fold is judged by gates that were fitted on all others.
 
 All are one rule: leave after layer l once the error that is predicted there falls below a limit,
 
@@ -7,23 +9,26 @@ All are one rule: leave after layer l once the error that is predicted there fal
 ``last`` is the river's own confidence, the highest probability of its prediction for the token that now passes;
 ``recent`` the mean of that over the last ``RECENT`` predictions. Predicted is log KL of ``gate_error``'s exits: base by
 depth, weights by least squares over deviations from each depth's means, with a small ridge. The limit is the one that
-gives the calibration tokens a wanted mean depth; controls take the depths that the gate then really has.
+gives the calibration tokens a wanted mean depth; controls take the depths that the gate then really has. Confidences
+to fit on are those of a walk in which every token has the wanted depth.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from riverinfer.evidence.controls import Comparison
+from riverinfer.evidence.controls import Comparison, Trial, compare
 from riverinfer.evidence.gate_error import Sampled
 from riverinfer.gates import similarity
 
 RECENT = 4
+FOLDS = 4
+FEWEST = 8  # calibration tokens
 FLOOR = 1e-4  # nats; a smaller KL counts as this one before its logarithm is taken
 FEATURES = ("similarity", "last", "recent")
 # Which features each candidate weighs. The first two predict nothing: they only order by similarity.
@@ -47,6 +52,11 @@ class GateFit:
     mean_last: float
     mean_recent: float
     limit: float
+
+
+def wanted_depth(layers: int) -> int:
+    """The mean depth that candidates are fitted for: half the layers, where a gate has most room to choose."""
+    return max(1, layers // 2)
 
 
 class FittedGate:
@@ -100,7 +110,7 @@ def examples(sampled: Sequence[Sampled], confidences: Sequence[float]) -> list[E
 
 def fit_gate(name: str, tokens: Sequence[Example], depth: float) -> GateFit:
     """Candidate ``name`` of ``CANDIDATES`` for a mean depth near ``depth``. Raises ValueError for too few tokens."""
-    if len(tokens) < 8:
+    if len(tokens) < FEWEST:
         raise ValueError(f"{len(tokens)} calibration tokens are too few")
     seen = np.array([token.sampled.similarities for token in tokens])  # [N, L]
     layers = seen.shape[1]
@@ -163,21 +173,22 @@ def _limit(predicted: np.ndarray, depth: float) -> float:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fitted gate and how it fared on the prompts that it was not fitted on. wanted_depth: what it was fitted for."""
+    """fit: on all prompts, to be used. comparison: of the folds' own gates, over all prompts."""
 
     fit: GateFit
-    wanted_depth: float
     comparison: Comparison
 
 
 @dataclass(frozen=True)
 class BetterGates:
-    """calibration, judged: indices of the prompts. kept: names of those that beat shuffled depths beyond their
-    interval (with few prompts more do by luck than one in forty); the plain "similarity" is there for comparison, at
-    the same depth, and is never among them."""
+    """wanted_depth: what all were fitted for. folds: how many parts the prompts were dealt into.
 
-    calibration: tuple[int, ...]
-    judged: tuple[int, ...]
+    kept: names of those that beat shuffled depths, judged together; the plain "similarity" is there for comparison, at
+    the same depth, and is never among them.
+    """
+
+    wanted_depth: int
+    folds: int
     candidates: tuple[Candidate, ...]
     kept: tuple[str, ...]
 
@@ -188,7 +199,10 @@ class BetterGates:
         return f"beat shuffled depths on prompts that they were not fitted on: {', '.join(self.kept)}"
 
 
-def judged(calibration: Sequence[int], others: Sequence[int], candidates: Sequence[Candidate]) -> BetterGates:
-    """The outcome over all candidates."""
-    kept = tuple(c.fit.name for c in candidates if c.fit.name != "similarity" and c.comparison.beats_shuffled)
-    return BetterGates(tuple(calibration), tuple(others), tuple(candidates), tuple(dict.fromkeys(kept)))
+def judged(
+    fits: Mapping[str, GateFit], trials: Mapping[str, Sequence[Trial]], wanted_depth: int, folds: int, layers: int
+) -> BetterGates:
+    """The outcome over all candidates. ``trials``: of each, one a prompt, by the gate of the prompt's fold."""
+    comparisons = compare(trials, layers)
+    kept = tuple(each.name for each in comparisons if each.name != "similarity" and each.shuffled.beats)
+    return BetterGates(wanted_depth, folds, tuple(Candidate(fits[each.name], each) for each in comparisons), kept)

@@ -9,12 +9,12 @@ choice: error is no linear function of depth, so that spreading depths may by it
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from riverinfer.evidence.quality import Judge, Quality, Scored, summarize
-from riverinfer.evidence.statistics import ENOUGH, Interval, paired
+from riverinfer.evidence.statistics import TAIL, Interval, bootstrap, holm, least_p, sign_flip
 from riverinfer.gates import FixedDepth, Gate
 
 
@@ -66,67 +66,105 @@ def run_trial(judge: Judge, gate: Gate, *, shuffles: int, seed: int = 0) -> Tria
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A gate against its controls over all prompts.
+class Against:
+    """A gate against one control over all prompts.
 
-    over_static, over_shuffled: the control's KL less the gate's, in nats a token, paired by prompt: above zero the
-    gate is better. chooses: whether the gate gave tokens of one prompt different depths at all; if not, it *is* a
-    static prefix. beats_static, beats_shuffled: whether the whole interval is above zero, of at
-    least ``ENOUGH`` prompts.
+    difference: the control's KL less the gate's, in nats a token, paired by prompt: above zero the gate is better.
+    p_better, p_worse: ``sign_flip`` of that and of its opposite, adjusted (``holm``) for how many settings are judged
+    together against this control.
+    """
+
+    control: Quality
+    difference: Interval
+    p_better: float
+    p_worse: float
+
+    @property
+    def beats(self) -> bool:
+        """Of settings judged together of which none is better than its control, one is said to be with ``TAIL``."""
+        return self.p_better <= TAIL
+
+    @property
+    def loses(self) -> bool:
+        return self.p_worse <= TAIL
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A gate and its controls over all prompts.
+
+    chooses: whether the gate gave tokens of one prompt different depths at all; if not, it *is* a static prefix.
+    together: how many settings were judged together.
     """
 
     name: str
     gate: Quality
-    static: Quality
-    shuffled: Quality
-    over_static: Interval
-    over_shuffled: Interval
+    static: Against
+    shuffled: Against
     chooses: bool
-    beats_static: bool
-    beats_shuffled: bool
+    together: int
 
     @property
     def verdict(self) -> str:
         """In plain words, with the intervals."""
         if not self.chooses:
             return f"{self.name} (mean depth {self.gate.mean_depth:.1f}) chooses nothing: all tokens leave alike"
-        few = len(self.gate.kl_by_prompt) < ENOUGH
-        parts = [
-            _against(self.gate, control, difference, what, few)
-            for control, difference, what in (
-                (self.shuffled, self.over_shuffled, "shuffled depths"),
-                (self.static, self.over_static, "a static prefix"),
-            )
-        ]
-        spread = (
-            ", but no more surely than its own depths do at random" if self.beats_static > self.beats_shuffled else ""
+        parts = self._against(self.shuffled, "shuffled depths"), self._against(self.static, "a static prefix")
+        spread = self.static.beats > self.shuffled.beats
+        return f"{self.name} (mean depth {self.gate.mean_depth:.1f}) {parts[0]}, and {parts[1]}" + (
+            ", but no more surely than its own depths do at random" if spread else ""
         )
-        return f"{self.name} (mean depth {self.gate.mean_depth:.1f}) {parts[0]}, and {parts[1]}{spread}"
+
+    def _against(self, against: Against, what: str) -> str:
+        difference = against.difference
+        if against.beats or against.loses:
+            said = f"{'beats' if against.beats else 'is worse than'} {what}"
+        elif least_p(len(self.gate.kl_by_prompt)) * self.together > TAIL:
+            said = f"was tried on too few prompts to be told from {what}"
+        else:
+            said = f"does not beat {what}" + (" beyond what luck gives" if difference.above_zero else "")
+        spread = f"{difference.mean:.4f} ({difference.low:.4f}..{difference.high:.4f})"
+        return f"{said}: KL {self.gate.kl.mean:.4f} against {against.control.kl.mean:.4f}, difference {spread}"
 
 
-def _against(gate: Quality, control: Quality, difference: Interval, what: str, few: bool) -> str:
-    word = "beats" if difference.above_zero else "is worse than" if difference.below_zero else "does not beat"
-    if few:
-        word = "has too few prompts to be judged by"
-    spread = f"{difference.mean:.4f} ({difference.low:.4f}..{difference.high:.4f})"
-    return f"{word} {what}: KL {gate.kl.mean:.4f} against {control.kl.mean:.4f}, difference {spread}"
-
-
-def compare(name: str, trials: Sequence[Trial], layers: int) -> Comparison:
-    """``trials``: one a prompt, of a model with ``layers`` layers."""
-    gate = [fmean(trial.gate.kl) for trial in trials]
-    static = [fmean(trial.static.kl) for trial in trials]
-    shuffled = [fmean(fmean(walk.kl) for walk in trial.shuffled) for trial in trials]
-    enough = len(trials) >= ENOUGH
-    over_static, over_shuffled = paired(static, gate), paired(shuffled, gate)
-    return Comparison(
-        name=name,
-        gate=summarize([[trial.gate] for trial in trials], layers),
-        static=summarize([[trial.static] for trial in trials], layers),
-        shuffled=summarize([trial.shuffled for trial in trials], layers),
-        over_static=over_static,
-        over_shuffled=over_shuffled,
-        chooses=any(len(set(trial.gate.depths)) > 1 for trial in trials),
-        beats_static=enough and over_static.above_zero,
-        beats_shuffled=enough and over_shuffled.above_zero,
+def compare(trials: Mapping[str, Sequence[Trial]], layers: int) -> tuple[Comparison, ...]:
+    """Settings by name, judged together. ``trials``: one a prompt, of a model with ``layers`` layers."""
+    choosing = {name for name, tried in trials.items() if any(len(set(trial.gate.depths)) > 1 for trial in tried)}
+    static = _against(trials, choosing, layers, lambda trial: (trial.static,))
+    shuffled = _against(trials, choosing, layers, lambda trial: trial.shuffled)
+    return tuple(
+        Comparison(
+            name=name,
+            gate=summarize([[trial.gate] for trial in tried], layers),
+            static=static[name],
+            shuffled=shuffled[name],
+            chooses=name in choosing,
+            together=max(1, len(choosing)),
+        )
+        for name, tried in trials.items()
     )
+
+
+def _against(
+    trials: Mapping[str, Sequence[Trial]],
+    choosing: Collection[str],
+    layers: int,
+    control: Callable[[Trial], Sequence[Scored]],
+) -> dict[str, Against]:
+    differences = {
+        name: [fmean(fmean(walk.kl) for walk in control(trial)) - fmean(trial.gate.kl) for trial in tried]
+        for name, tried in trials.items()
+    }
+    # A setting that chooses nothing is its own control: it claims nothing, and must not weigh on those that do.
+    judged = [name for name in trials if name in choosing]
+    better = dict(zip(judged, holm([sign_flip(differences[name]) for name in judged]), strict=True))
+    worse = dict(zip(judged, holm([sign_flip([-x for x in differences[name]]) for name in judged]), strict=True))
+    return {
+        name: Against(
+            control=summarize([control(trial) for trial in tried], layers),
+            difference=bootstrap(differences[name]),
+            p_better=better.get(name, 1.0),
+            p_worse=worse.get(name, 1.0),
+        )
+        for name, tried in trials.items()
+    }

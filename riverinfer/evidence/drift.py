@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from riverinfer.evidence.forced import Text, divergence
-from riverinfer.evidence.statistics import Interval, bootstrap, paired
+from riverinfer.evidence.statistics import Interval, bootstrap, paired, sign_flip
 from riverinfer.gates import Gate
 from riverinfer.sampling import SamplingParams
 from riverinfer.sequence import TokenSequence
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from riverinfer.engine import Engine
 
 SLOTS = 3  # sequences that ``walk_drift`` holds at once
+DRIFT_TEXTS = 6  # the fewest of which ``sign_flip`` can show growth
 PATHS = ("one_step", "chained", "repaired")
 
 
@@ -75,7 +76,10 @@ class Tooth:
 
 @dataclass(frozen=True)
 class Drift:
-    """tokens: of each of ``texts`` texts. repair: R. growth: from_cache of the last bin less that of the first."""
+    """tokens: of each of ``texts`` texts. repair: R. growth: from_cache of the last bin less that of the first.
+
+    p_grows, p_shrinks: ``sign_flip`` of the growth, text by text, and of its opposite.
+    """
 
     tokens: int
     texts: int
@@ -84,6 +88,8 @@ class Drift:
     bins: tuple[DriftBin, ...]
     sawtooth: tuple[Tooth, ...]
     growth: Interval
+    p_grows: float
+    p_shrinks: float
 
 
 def sampled_text(engine: Engine, name: str, ids: Sequence[int], tokens: int, seed: int) -> Text:
@@ -144,6 +150,7 @@ def summarize_drift(walks: Sequence[DriftWalk], repair: int, bins: int = 8) -> D
     bins = min(bins, length)
     edges = [i * length // bins for i in range(bins + 1)]
     first, last = (_from_cache(walks, *edges[i : i + 2]) for i in (0, bins - 1))
+    growths = [after - before for before, after in zip(first, last, strict=True)]
     return Drift(
         tokens=length,
         texts=len(walks),
@@ -151,7 +158,9 @@ def summarize_drift(walks: Sequence[DriftWalk], repair: int, bins: int = 8) -> D
         mean_depth=fmean(depth for walk in walks for depth in walk.depths),
         bins=tuple(_bin(walks, low, high) for low, high in pairwise(edges)),
         sawtooth=tuple(_teeth(walks)),
-        growth=paired(last, first),
+        growth=bootstrap(growths),
+        p_grows=sign_flip(growths),
+        p_shrinks=sign_flip([-growth for growth in growths]),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from riverinfer.evidence.audit import Audit
-from riverinfer.evidence.drift import Drift
+from riverinfer.evidence.drift import DRIFT_TEXTS, Drift
 from riverinfer.evidence.quality import Floor
-from riverinfer.evidence.statistics import ENOUGH, Interval
+from riverinfer.evidence.statistics import TAIL, Interval
 
 
 def findings(audit: Audit) -> Audit:
@@ -70,13 +70,16 @@ def _lossless(audit: Audit) -> str:
 
 
 def _drift(drift: Drift) -> list[str]:
-    word = "grows" if drift.growth.above_zero else "shrinks" if drift.growth.below_zero else "does not clearly grow"
+    word = "grows" if drift.p_grows <= TAIL else "shrinks" if drift.p_shrinks <= TAIL else "does not clearly grow"
     parts = drift.bins[0].from_cache, drift.bins[-1].from_cache
-    if drift.texts < ENOUGH:
+    if drift.texts < DRIFT_TEXTS:
         change = f"from KL {parts[0].mean:.4f} in the first part to {parts[1].mean:.4f} in the last"
         line = f"goes {change}, of {drift.texts} texts: too few to call it growth"
     else:
-        line = f"{word}: from KL {shown(parts[0])} in the first part to {shown(parts[1])} in the last"
+        line = (
+            f"{word}: from KL {shown(parts[0])} in the first eighth to {shown(parts[1])} in the last, a difference of"
+            f" {shown(drift.growth)}"
+        )
     lines = [f"over {drift.tokens} tokens what the cache's errors cost {line}"]
     if len(drift.sawtooth) > 1:
         first, last = drift.sawtooth[0], drift.sawtooth[-1]
@@ -94,7 +97,7 @@ def _free(audit: Audit) -> str:
         return "more than half never part" if median is None else f"half have parted after {median} tokens"
 
     return (
-        f"left to itself, {sum(at is not None for at in free.river.parted)} of {count} texts part from exact's within"
-        f" {len(free.river.share)} tokens ({said(free.river.median)}; repaired: {said(free.repaired.median)}), and"
-        f" exact finds river's text {free.likelihood_ratio:.2f} times as perplexing as its own"
+        f"left to itself, {sum(at is not None for at in free.river.parted)} of {count} texts part from exact's before"
+        f" its end ({said(free.river.median)}; repaired: {said(free.repaired.median)}), and exact finds river's text,"
+        f" its first {audit.settings['tokens']} tokens, {free.likelihood_ratio:.2f} times as perplexing as its own"
     )

@@ -73,11 +73,11 @@ def summary(audit: Audit) -> list[str]:
     ]
     choosing = [each for each in audit.comparisons if each.chooses]
     if choosing:
-        counts = [sum(getattr(each, name) for each in choosing) for name in ("beats_shuffled", "beats_static")]
+        counts = sum(each.shuffled.beats for each in choosing), sum(each.static.beats for each in choosing)
         settings = f"{len(choosing)} setting{'s' if len(choosing) > 1 else ''} at which gates choose"
         lines.append(
-            f"Of {settings}, {counts[0]} did better than the same depths dealt out at random,"
-            f" {counts[1]} better than one depth for all."
+            f"Of {settings}, {counts[0]} did surely better than the same depths dealt out at random,"
+            f" {counts[1]} surely better than one depth for all."
         )
     return lines
 

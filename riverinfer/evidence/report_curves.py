@@ -26,6 +26,7 @@ FAMILIES = {
     "exact": ("#0072b2", "o", "exact"),
     "lossless": ("#e69f00", "D", "lossless"),
 }
+LONG = 200  # tokens, from which on survival is drawn over their logarithm
 OTHER_MARKERS = "*hp<>d8H"
 
 
@@ -175,9 +176,13 @@ def survival(audit: Audit) -> str:
             axes.step(at, [100 * share for share in found.share], dashes, where="post", color=colour, label=label)
         axes.axhline(50, color=FAINT, linewidth=0.8, zorder=0)
         axes.set_ylim(-2, 103)
+        if len(free.river.share) > LONG:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:
+            _whole_numbers(axes.xaxis)
         axes.set_xlabel("tokens said")
         axes.set_ylabel("% of texts still exact's")
-        _whole_numbers(axes.xaxis)
         _legend_above(axes)
 
     return _svg("survival", "Share of texts that are still exact's, by token", HALF, 2.8, paint)

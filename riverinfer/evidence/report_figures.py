@@ -165,12 +165,12 @@ def controls(name: str, comparisons: Sequence[Comparison]) -> str:
         axes = figure.add_subplot()
         axes.axvline(0, color=INK, linewidth=1)
         for place, each in enumerate(rows):
-            for shift, colour, marker, difference in (
-                (-0.15, SHUFFLED, "^", each.over_shuffled),
-                (0.15, STATIC, "v", each.over_static),
+            for shift, colour, marker, against in (
+                (-0.15, SHUFFLED, "^", each.shuffled),
+                (0.15, STATIC, "v", each.static),
             ):
-                sure = difference.above_zero or difference.below_zero
-                _bar(axes, place + shift, difference, colour, marker, sideways=True, filled=sure)
+                sure = against.beats or against.loses
+                _bar(axes, place + shift, against.difference, colour, marker, sideways=True, filled=sure)
         for colour, marker, label in (
             (SHUFFLED, "^", "against its own depths in random order"),
             (STATIC, "v", "against one depth for all"),
@@ -225,8 +225,8 @@ def sweep(comparisons: Sequence[Comparison], full: Point | None) -> str:
         return ""
     kinds: list[tuple[str, str, str, float, Callable[[Comparison], Quality]]] = [
         (GATE, "s", "the gate", -0.2, lambda each: each.gate),
-        (SHUFFLED, "^", "its depths shuffled", 0.0, lambda each: each.shuffled),
-        (STATIC, "v", "one depth for all", 0.2, lambda each: each.static),
+        (SHUFFLED, "^", "its depths shuffled", 0.0, lambda each: each.shuffled.control),
+        (STATIC, "v", "one depth for all", 0.2, lambda each: each.static.control),
     ]
 
     def paint(figure: Figure) -> None:

@@ -24,7 +24,8 @@ def terminal(audit: Audit, *, width: int = 100) -> str:
     blocks = [textwrap.wrap(head, width)]
     blocks.append([line for finding in audit.findings for line in _bullet(finding, width)])
     blocks.append(["Quality against speed, teacher-forced (* on the front)", *_table(_points(audit))])
-    blocks.append(["Gates against their controls: KL of the control less the gate's", *_table(_controls(audit))])
+    title = "Gates against their controls: KL of the control less the gate's, p of that sign (sign flips, Holm)"
+    blocks.append([title, *_table(_controls(audit))])
     blocks.append(["Errors that exits cause, by depth (r: Pearson of similarity with it)", *_table(_errors(audit))])
     if audit.drift is not None:
         blocks.append(
@@ -66,7 +67,7 @@ def _points(audit: Audit) -> Rows:
 
 
 def _controls(audit: Audit) -> Rows:
-    rows = [["gate", "depth", "KL", "shuffled less it", "static less it"]]
+    rows = [["gate", "depth", "KL", "shuffled less it", "p", "static less it", "p"]]
     held_out = [candidate.comparison for candidate in audit.better.candidates] if audit.better is not None else []
     named = [(each.name, each) for each in audit.comparisons] + [(f"{each.name}, held out", each) for each in held_out]
     for name, each in named:
@@ -75,8 +76,15 @@ def _controls(audit: Audit) -> Rows:
                 name,
                 f"{each.gate.mean_depth:.1f}",
                 f"{each.gate.kl.mean:.4f}",
-                shown(each.over_shuffled) if each.chooses else "the same",
-                shown(each.over_static) if each.chooses else "the same",
+                *(
+                    cell
+                    for against in (each.shuffled, each.static)
+                    for cell in (
+                        (shown(against.difference), f"{min(against.p_better, against.p_worse):.2g}")
+                        if each.chooses
+                        else ("the same", "")
+                    )
+                ),
             ]
         )
     return rows

@@ -1,18 +1,34 @@
-"""Where free-running texts part from exact's: after the first other token they are other texts."""
+"""Where free-running texts part from exact's: after the first other token they are other texts.
+
+Up to there both have said the same, so a text parts where river's likeliest token, walked over exact's own greedy text,
+is first another one: nothing beyond that place need be walked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from riverinfer.gates import Gate
+from riverinfer.sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from riverinfer.engine import Engine
+
+SLOTS = 3  # sequences that ``parting`` holds at once
 
 
 @dataclass(frozen=True)
 class Survival:
-    """Free-running greedy texts against exact's, N tokens each, the first one exact in both.
+    """Free-running greedy texts against exact's, the first token exact in both.
 
-    parted: per prompt the index of the first other token, None if there was none. share: of texts that are still
-    exact's after 1, 2, .. N tokens. median: tokens after which half have parted, None if fewer have.
+    parted: per prompt the index of the first other token, None if there was none up to the end of exact's text or the
+    limit. share: of texts that were still exact's after 1, 2, .. N tokens, or ended so. median: tokens after which half
+    have parted, None if fewer have.
     """
 
     parted: tuple[int | None, ...]
@@ -20,9 +36,45 @@ class Survival:
     median: int | None
 
 
-def survival(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Survival:
-    """``pairs``: (exact's tokens, the other's), all of one length."""
-    parted = tuple(next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), None) for pair in pairs)
-    length = len(pairs[0][0])
-    share = tuple(fmean(at is None or at > i for at in parted) for i in range(length))
-    return Survival(parted, share, next((i + 1 for i, value in enumerate(share) if value <= 0.5), None))
+def parting(
+    engine: Engine, prompt: Sequence[int], make_gate: Callable[[], Gate], repair: int, limit: int
+) -> tuple[int | None, int | None, int]:
+    """Where river's and repaired river's greedy texts part from exact's, and how many tokens were looked at.
+
+    Ends with exact's text, at ``limit`` tokens, or where both have parted. Needs ``SLOTS`` free slots, else
+    NoFreeSlotError.
+    """
+    stops = {*engine.generation_config.eos_token_ids, engine.tokenizer.eos_token_id}
+    exact, *others = sequences = [TokenSequence(engine.model, engine.ctx_size) for _ in range(SLOTS)]
+    gates = [make_gate() for _ in others]
+    parted: list[int | None] = [None for _ in others]
+
+    def likeliest(logits: Tensor) -> int:
+        return int(logits[0, : engine.tokenizer.vocab_size].argmax())
+
+    try:
+        for sequence in sequences:
+            engine.slots.acquire(sequence)
+            logits = engine.extend(sequence, prompt)
+        token, count = likeliest(logits), 1
+        while count < limit and token not in stops and None in parted:
+            following = likeliest(engine.extend(exact, [token]))
+            for i, every in enumerate((0, repair)):
+                if parted[i] is not None:
+                    continue
+                if every and len(others[i].tokens) - others[i].exact >= every:
+                    with engine.stepping():
+                        others[i].repair(token)
+                if likeliest(engine.extend(others[i], [token], gate=gates[i])) != following:
+                    parted[i] = count
+            token, count = following, count + 1
+    finally:
+        for sequence in sequences:
+            engine.slots.release(sequence, keep=False)
+    return parted[0], parted[1], count
+
+
+def survival(parted: Sequence[int | None], tokens: int) -> Survival:
+    """``parted``: of each text, at least one; ``tokens``: how many the longest one was looked at for."""
+    share = tuple(fmean(at is None or at > i for at in parted) for i in range(tokens))
+    return Survival(tuple(parted), share, next((i + 1 for i, value in enumerate(share) if value <= 0.5), None))

@@ -28,6 +28,7 @@ class Point:
     backbone layer), the name of a gate, or a strategy of ``kv_strategies``. setting: for people, such as "tau 0.9".
 
     prompts: how many it was measured on. front: no other point is both faster and closer, or equal in one of these.
+    Points of fewer prompts than others have are never on it, and beat none.
     """
 
     family: str
@@ -80,10 +81,10 @@ def mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
     def key(point: Point) -> tuple[float, float]:
         return point.quality.tokens_per_s, -point.quality.kl.mean
 
-    def beaten(point: Point) -> bool:
-        mine = key(point)
-        return any(
-            all(a >= b for a, b in zip(key(other), mine, strict=True)) and key(other) != mine for other in points
-        )
+    most = max((point.prompts for point in points), default=0)
+    whole = [key(point) for point in points if point.prompts == most]
 
-    return tuple(replace(point, front=not beaten(point)) for point in points)
+    def beaten(mine: tuple[float, float]) -> bool:
+        return any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in whole)
+
+    return tuple(replace(point, front=point.prompts == most and not beaten(key(point))) for point in points)
