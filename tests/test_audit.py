@@ -117,7 +117,7 @@ def test_other_files_are_refused(content: str, problem: str, tmp_path: Path) -> 
 def test_what_cannot_be_audited(engine: Engine) -> None:
     with pytest.raises(InvalidRequestError, match="only one prompt"):
         run_audit(engine, prompts(1), SETTINGS)
-    with pytest.raises(ContextLengthError, match="prompt 1 has 9 tokens, with a text of 300"):
+    with pytest.raises(ContextLengthError, match="begins 'prompt 0' has 9 tokens, with 300 of answer"):
         run_audit(engine, prompts(2), replace(SETTINGS, drift_tokens=300))
     with load(mode="exact") as exact, pytest.raises(InvalidRequestError, match="no river"):
         run_audit(exact, prompts(2), SETTINGS)
@@ -130,11 +130,12 @@ def test_what_cannot_be_audited(engine: Engine) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = tmp_path / "p.jsonl"
-    asked.write_text('{"prompt": "Once"}\n{"prompt": "upon a"}\n"time"\n')
+    asked.write_text('{"prompt": "Once"}\n{"prompt": "upon a"}\n"time"\n"Once"\n')
     saved = tmp_path / "a.json"
     flags = ["--prompts", str(asked), "--save", str(saved), "--tau", "0.9", *SMALL]
     assert main(["audit", str(ROOT / "llama"), *flags]) == 0
-    printed = capsys.readouterr().out
+    printed, noted = capsys.readouterr()
+    assert "1 of 4 prompts repeat others: each counts once, 3 in all" in noted
     audit = load_audit(saved)
     assert audit.gate == "similarity, tau 0.9"
     assert audit.prompts == ("Once", "upon a", "time")

@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     _refuse(args)
     settings = _settings(args)
     report_html = _report() if "report" in places else None
-    from riverinfer.evidence.prompts import read_prompts
+    from riverinfer.evidence.prompts import different, read_prompts
 
-    texts = read_prompts(args.prompts)
+    texts = different(read_prompts(args.prompts))
     audit = _measure(args, texts, settings)
     if args.json:
         print(audit.as_json().rstrip("\n"), flush=True)

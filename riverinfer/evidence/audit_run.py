@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from riverinfer.checkpoint import Checkpoint
-from riverinfer.errors import ContextLengthError, InvalidRequestError
+from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.audit import DRIFT_TOKENS, Audit, AuditSettings, FreeRunning
 from riverinfer.evidence.audit_prompt import AUDITED, Found, OwnGates, gate_label, measure_prompt
 from riverinfer.evidence.better_gates import (
@@ -33,6 +33,7 @@ from riverinfer.evidence.drift import Drift, sampled_text, summarize_drift, walk
 from riverinfer.evidence.findings import findings
 from riverinfer.evidence.forced import Text, exact_texts
 from riverinfer.evidence.gate_error_summary import summarize_errors
+from riverinfer.evidence.prompts import require_room
 from riverinfer.evidence.quality import Judge, floor_of, summarize
 from riverinfer.evidence.survival import parting, survival
 from riverinfer.evidence.sweep import Point, mark_front
@@ -115,16 +116,12 @@ def _fitting(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], setti
         raise InvalidRequestError("the model has a single layer", remedy="audit a deeper one")
     if len(prompts) < 2:
         raise InvalidRequestError("there is only one prompt", field="prompts", remedy="give two, better twenty")
-    number, longest = max(enumerate((len(ids) for _, ids in prompts), 1), key=lambda each: each[1])
     wanted = max(settings.tokens, settings.drift_tokens or 0)
-    if longest + wanted > engine.ctx_size:
-        raise ContextLengthError(
-            f"prompt {number} has {longest} tokens, with a text of {wanted} more than the context ({engine.ctx_size})",
-            remedy="leave it out, ask for fewer tokens (--tokens, --drift-tokens) or raise --ctx-size (ctx_size)",
-        )
-    if settings.drift_tokens is None:
-        settings = replace(settings, drift_tokens=min(DRIFT_TOKENS, engine.ctx_size - longest))
-    return settings
+    require_room(engine, prompts, wanted, "ask for fewer tokens (--tokens, --drift-tokens)")
+    if settings.drift_tokens is not None:
+        return settings
+    room = engine.ctx_size - max(len(ids) for _, ids in prompts)
+    return replace(settings, drift_tokens=min(DRIFT_TOKENS, room))
 
 
 def _survival(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from riverinfer.chat_template import load_templates
-from riverinfer.errors import InvalidRequestError
+from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
 
 if TYPE_CHECKING:
     from riverinfer.engine import Engine
@@ -69,6 +70,26 @@ def _prompt(path: Path, number: int, line: str) -> str:
             f"line {number} has no prompt", file=path, field=_KEYS[0], remedy=f'give a text as "{_KEYS[0]}"'
         )
     return value
+
+
+def different(prompts: Sequence[str]) -> list[str]:
+    """Each prompt once, the first of those that repeat: a repeated one is no second draw. Warns of it."""
+    once = list(dict.fromkeys(prompts))
+    if len(once) < len(prompts):
+        repeated = f"{len(prompts) - len(once)} of {len(prompts)} prompts repeat others"
+        warnings.warn(f"{repeated}: each counts once, {len(once)} in all", RiverinferWarning, stacklevel=3)
+    return once
+
+
+def require_room(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], tokens: int, remedy: str) -> None:
+    """Raise ContextLengthError for the first prompt that leaves no room for ``tokens`` more."""
+    for text, ids in prompts:
+        if len(ids) + tokens > engine.ctx_size:
+            raise ContextLengthError(
+                f"the prompt that begins {text[:40]!r} has {len(ids)} tokens, with {tokens} of answer more than the"
+                f" context ({engine.ctx_size})",
+                remedy=f"leave it out, raise --ctx-size (ctx_size), or {remedy}",
+            )
 
 
 def prompt_ids(engine: Engine, texts: Sequence[str]) -> list[tuple[str, list[int]]]:

@@ -7,7 +7,6 @@ answer depend on each other, prompts are taken to be independent draws from thos
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from riverinfer.checkpoint import Checkpoint
-from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
+from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.certificate import Certificate, Setting, identities
 from riverinfer.evidence.forced import Text, exact_texts, walk_forced
 from riverinfer.evidence.learn_then_test import betting_p_value, drawn_order, fixed_sequence
-from riverinfer.evidence.prompts import prompt_ids
+from riverinfer.evidence.prompts import different, prompt_ids, require_room
 from riverinfer.progress import Progress
 from riverinfer.sampling import check_integer
 
@@ -79,13 +78,10 @@ def calibrate_tau(
             remedy='load with mode="river", without gate, prefill and backbone_layers',
         )
     known = identities(Checkpoint.open(engine.model_dir), settings)
-    different = list(dict.fromkeys(prompts))
-    if len(different) < len(prompts):
-        repeated = f"{len(prompts) - len(different)} of {len(prompts)} prompts repeat others"
-        warnings.warn(f"{repeated}: each counts once, {len(different)} in all", RiverinferWarning, stacklevel=2)
-    texts = _answers(engine, different, horizon, progress)
+    once = different(prompts)
+    texts = _answers(engine, once, horizon, progress)
     tested: list[Setting] = []
-    prompts_hash = hashlib.sha256("".join(f"{text}\n" for text in different).encode()).hexdigest()
+    prompts_hash = hashlib.sha256("".join(f"{text}\n" for text in once).encode()).hexdigest()
     order = drawn_order(len(texts), prompts_hash)
 
     def p_values() -> Iterator[float]:
@@ -120,13 +116,7 @@ def _check_grid(grid: Sequence[float]) -> None:
 def _answers(engine: Engine, prompts: Sequence[str], horizon: int, progress: Progress | None) -> list[Text]:
     """Exact mode's answers, each at most ``horizon`` + 1 tokens, its end of text included."""
     encoded = prompt_ids(engine, prompts)
-    for prompt, ids in encoded:
-        if len(ids) + horizon + 1 > engine.ctx_size:
-            raise ContextLengthError(
-                f"the prompt that begins {prompt[:40]!r} has {len(ids)} tokens, with {horizon + 1} of answer more than"
-                f" the context ({engine.ctx_size})",
-                remedy="leave it out, or raise --ctx-size (ctx_size) or lower --horizon (horizon)",
-            )
+    require_room(engine, encoded, horizon + 1, "lower --horizon (horizon)")
     ends = {*engine.generation_config.eos_token_ids, engine.tokenizer.eos_token_id}
     texts = []
     for number, prompt_and_ids in enumerate(encoded, 1):
