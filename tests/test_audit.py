@@ -105,7 +105,11 @@ def test_a_value_that_is_no_number_becomes_null(audit: Audit, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("[", "cannot be read"), ('{"schema": "x"}', "is 'x'"), (json.dumps({"schema": SCHEMA}), "not a whole audit")],
+    [
+        ("[", "cannot be read"),
+        ('{"schema": "x"}', "is 'x'"),
+        (json.dumps({"schema": SCHEMA}), "not whole .environment is missing"),
+    ],
 )
 def test_other_files_are_refused(content: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"

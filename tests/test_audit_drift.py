@@ -14,8 +14,8 @@ from forced_drafts import distance_from_exact
 
 from riverinfer import Engine
 from riverinfer.errors import NoFreeSlotError
-from riverinfer.evidence.drift import PATHS, DriftWalk, sampled_text, summarize_drift, walk_drift
-from riverinfer.evidence.forced import walk_forced
+from riverinfer.evidence.drift import PATHS, DriftWalk, summarize_drift, walk_drift
+from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.quality import Judge
 from riverinfer.evidence.statistics import TAIL
 from riverinfer.evidence.survival import parting, survival
@@ -36,8 +36,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def walks(engine: Engine) -> list[DriftWalk]:
-    texts = [sampled_text(engine, name, ids, TOKENS, seed) for seed, (name, ids) in enumerate(prompts(6))]
-    return [walk_drift(engine, text, always, EVERY) for text in texts]
+    return [walk_drift(engine, ids, TOKENS, seed, always, EVERY) for seed, (_, ids) in enumerate(prompts(6))]
 
 
 def test_the_sawtooth(walks: list[DriftWalk]) -> None:
@@ -69,13 +68,13 @@ def test_a_step_on_an_exact_cache_errs_less_than_a_chain_of_them(walks: list[Dri
 
 def test_paths_are_the_walks_that_river_mode_makes(engine: Engine) -> None:
     name, ids = prompts(1)[0]
-    text = sampled_text(engine, name, ids, 30, 1)
-    walk, judge = walk_drift(engine, text, lambda: FixedDepth(2), EVERY), Judge(engine, text)
+    walk = walk_drift(engine, ids, 30, 1, lambda: FixedDepth(2), EVERY)
+    judge = Judge(engine, Text(name, tuple(ids), walk.answer))
     assert walk.kl["chained"] == pytest.approx(judge.walk(FixedDepth(2)).kl, abs=1e-6)
     assert walk.kl["repaired"] == pytest.approx(judge.walk(FixedDepth(2), repair=EVERY).kl, abs=1e-6)
     assert walk.kl["one_step"] == pytest.approx(judge.walk(FixedDepth(2), repair=1).kl, abs=1e-5)
     assert walk.depths == (2,) * 29
-    exact = walk_drift(engine, text, never, EVERY)
+    exact = walk_drift(engine, ids, 30, 1, never, EVERY)
     assert max(max(exact.kl[path]) for path in PATHS) < 1e-6
     assert set(exact.since_repair) == {0}
 
@@ -91,8 +90,8 @@ def test_after_each_repair_the_cache_is_a_fresh_prefills(engine: Engine, monkeyp
         return result
 
     monkeypatch.setattr(TokenSequence, "repair", watched)
-    name, ids = prompts(1)[0]
-    walk_drift(engine, sampled_text(engine, name, ids, 34, 1), always, EVERY)
+    _, ids = prompts(1)[0]
+    walk_drift(engine, ids, 34, 1, always, EVERY)
     assert [count for count, *_ in seen] == [EVERY] * 4
     assert max(after for *_, after in seen) < 1e-5
     assert min(before for _, before, _ in seen) > 1e-3
@@ -100,18 +99,18 @@ def test_after_each_repair_the_cache_is_a_fresh_prefills(engine: Engine, monkeyp
 
 def test_the_text_is_drawn_from_exact_mode(engine: Engine) -> None:
     name, ids = prompts(1)[0]
-    text, again, other = (sampled_text(engine, name, ids, 20, seed) for seed in (1, 1, 2))
-    assert text == again != other
-    logits = walk_forced(engine, text, None).logits
-    assert (logits.argmax(-1) != torch.tensor(text.answer[1:])).any()
+    answer, other = (walk_drift(engine, ids, 20, seed, always, EVERY).answer for seed in (1, 2))
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=20, ignore_eos=True)
+    assert answer == tuple(engine.generate(ids, params, mode="exact").token_ids) != other
+    logits = walk_forced(engine, Text(name, tuple(ids), answer), None).logits
+    assert (logits.argmax(-1) != torch.tensor(answer[1:])).any()
 
 
 def test_it_needs_its_slots() -> None:
     with load(max_sequences=2) as small:
-        name, ids = prompts(1)[0]
-        text = sampled_text(small, name, ids, 6, 1)
+        _, ids = prompts(1)[0]
         with pytest.raises(NoFreeSlotError):
-            walk_drift(small, text, always, EVERY)
+            walk_drift(small, ids, 6, 1, always, EVERY)
         assert small.slots.busy == 0
 
 

@@ -91,6 +91,7 @@ def gate_errors(rng: random.Random) -> GateError:
 
 def drift_walk(rng: random.Random) -> DriftWalk:
     return DriftWalk(
+        (1,) * 25,
         {path: tuple(rng.random() for _ in range(24)) for path in PATHS},
         {path: tuple(rng.random() > 0.2 for _ in range(24)) for path in PATHS},
         tuple(i % 4 for i in range(24)),

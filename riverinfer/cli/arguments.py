@@ -217,9 +217,9 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         "What is found is kept beside the river, for --mode river --tau auto. It is a statement about the average over"
         " different prompts like those of FILE, taken to be independent draws from those of later use, each the first"
         " message of a chat; about the first tokens of an answer (--horizon); about the likeliest token, given exact"
-        " mode's own text so far; and about this model, river and these flags. It does not bound any single text,"
-        " nor in other languages or topics, longer answers or sampled ones, and says nothing of answers after their"
-        " first other word. With probability 1 - C at most it is wrong; whoever calibrates until something passes makes"
+        " mode's own text so far; and about this model, river and these flags. It bounds no single text, no other"
+        " languages or topics, no longer answers nor sampled ones, and says nothing of answers after their first other"
+        " word. With probability 1 - C at most it is wrong; whoever calibrates until something passes makes"
         " that more. That nothing can be certified is an answer too: --tau auto then runs exact mode."
     )
     _model(parser)
@@ -303,8 +303,8 @@ def _audit(parser: argparse.ArgumentParser) -> None:
     _runtime(parser, mode=False)
     _river(
         parser,
-        repair="what is walked with repair, beside all else that is without, rewrites K and V exactly every R tokens;"
-        " with --tau auto also what was certified (default: 16, certified without)",
+        repair="of the walks with repair, K and V are rewritten exactly every R tokens (default: 16); all others have"
+        " none. With --tau auto: that of the certificate (default: one without)",
     )
     parser.set_defaults(mode="river", repair=None)
 

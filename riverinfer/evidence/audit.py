@@ -18,10 +18,10 @@ from riverinfer.evidence.better_gates import BetterGates
 from riverinfer.evidence.controls import Comparison
 from riverinfer.evidence.drift import DRIFT_TEXTS, Drift
 from riverinfer.evidence.gate_error_summary import GateError
-from riverinfer.evidence.json_tree import from_tree, to_tree
 from riverinfer.evidence.quality import Floor, Quality
 from riverinfer.evidence.survival import Survival
 from riverinfer.evidence.sweep import Point
+from riverinfer.json_tree import load_tree, to_tree
 from riverinfer.sampling import check_integer
 
 SCHEMA = "riverinfer.audit/1"
@@ -118,22 +118,4 @@ class Audit:
 
 def load_audit(path: Path) -> Audit:
     """Read an audit's JSON file. Raises InvalidRequestError for what is none, or of another version."""
-    try:
-        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise InvalidRequestError(
-            f"cannot be read ({reason})", file=path, remedy="give a file of riverinfer audit --save"
-        ) from exc
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise InvalidRequestError(
-            f"is {schema!r}, not {SCHEMA!r}", file=path, field="schema", remedy="make it anew with riverinfer audit"
-        )
-    try:
-        audit: Audit = from_tree(Audit, data)
-    except (KeyError, TypeError, ValueError) as exc:
-        raise InvalidRequestError(
-            f"is not a whole audit ({type(exc).__name__}: {exc})", file=path, remedy="make it anew"
-        ) from exc
-    return audit
+    return load_tree(path, Audit, SCHEMA, "riverinfer audit --save", nan=True)

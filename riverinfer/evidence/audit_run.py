@@ -29,7 +29,7 @@ from riverinfer.evidence.better_gates import (
     wanted_depth,
 )
 from riverinfer.evidence.controls import Comparison, Trial, compare, run_trial
-from riverinfer.evidence.drift import Drift, sampled_text, summarize_drift, walk_drift
+from riverinfer.evidence.drift import Drift, summarize_drift, walk_drift
 from riverinfer.evidence.findings import findings
 from riverinfer.evidence.forced import Text, exact_texts
 from riverinfer.evidence.gate_error_summary import summarize_errors
@@ -145,17 +145,17 @@ def _drift(
     settings: AuditSettings,
     progress: Progress | None,
 ) -> Drift | None:
-    chosen = prompts[: settings.drift_texts]
-    if not settings.drift_tokens or not chosen:
+    chosen, tokens = prompts[: settings.drift_texts], settings.drift_tokens
+    if not tokens or not chosen:
         return None
-    walks, total = [], len(chosen) * (settings.drift_tokens - 1)
-    for number, (name, ids) in enumerate(chosen):
-        text = sampled_text(engine, name, ids, settings.drift_tokens, settings.seed + number)
+    walks, total = [], len(chosen) * (tokens - 1)
+    for number, (_, ids) in enumerate(chosen):
 
-        def on_token(done: int, before: int = number * (settings.drift_tokens - 1)) -> None:
+        def on_token(done: int, before: int = number * (tokens - 1)) -> None:
             _tell(progress, "drift", before + done, total, "tokens")
 
-        walks.append(walk_drift(engine, text, options.make_gate, settings.repair, on_token))
+        seed = settings.seed + number
+        walks.append(walk_drift(engine, ids, tokens, seed, options.make_gate, settings.repair, on_token))
     return summarize_drift(walks, settings.repair)
 
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from riverinfer.evidence.forced import Text, divergence
+from riverinfer.evidence.forced import divergence
 from riverinfer.evidence.statistics import Interval, bootstrap, paired, sign_flip
 from riverinfer.gates import Gate
-from riverinfer.sampling import SamplingParams
+from riverinfer.sampling import Sampler, SamplingParams
 from riverinfer.sequence import TokenSequence
 from riverinfer.trace import Trace
 
@@ -36,12 +36,13 @@ PATHS = ("one_step", "chained", "repaired")
 
 @dataclass(frozen=True)
 class DriftWalk:
-    """One long text, T tokens: KL in nats and agreement of each path of ``PATHS`` at each token.
+    """One long text: KL in nats and agreement of each path of ``PATHS`` at each of its T tokens but the last.
 
-    since_repair: positions before each token whose K and V the repaired path has not made exact. depths: of the chained
-    path.
+    answer: the T tokens. since_repair: positions before each token whose K and V the repaired path has not made exact.
+    depths: of the chained path.
     """
 
+    answer: tuple[int, ...]
     kl: dict[str, tuple[float, ...]]
     same: dict[str, tuple[bool, ...]]
     since_repair: tuple[int, ...]
@@ -92,20 +93,20 @@ class Drift:
     p_shrinks: float
 
 
-def sampled_text(engine: Engine, name: str, ids: Sequence[int], tokens: int, seed: int) -> Text:
-    """``tokens`` tokens of exact mode at temperature 1, past any end of text. Raises what ``generate`` raises."""
-    params = SamplingParams(temperature=1.0, seed=seed, max_tokens=tokens, ignore_eos=True)
-    return Text(name, tuple(ids), tuple(engine.generate(list(ids), params, mode="exact").token_ids))
-
-
 def walk_drift(
     engine: Engine,
-    text: Text,
+    prompt: Sequence[int],
+    tokens: int,
+    seed: int,
     make_gate: Callable[[], Gate],
     repair: int,
     on_token: Callable[[int], None] | None = None,
 ) -> DriftWalk:
-    """Needs ``SLOTS`` free slots, else NoFreeSlotError. ``on_token`` is called with how many tokens are done."""
+    """Draw ``tokens`` tokens, at least one, from exact mode at temperature 1, past any end of text, along all paths.
+
+    Needs ``SLOTS`` free slots, else NoFreeSlotError. ``on_token`` is called with how many tokens are done.
+    """
+    choose = Sampler(SamplingParams(temperature=1.0, seed=seed), engine.tokenizer.vocab_size)
     sequences = [TokenSequence(engine.model, engine.ctx_size) for _ in range(SLOTS)]
     exact, chained, repaired = sequences
     gates = [make_gate() for _ in range(SLOTS)]
@@ -115,8 +116,10 @@ def walk_drift(
     try:
         for sequence in sequences:
             engine.slots.acquire(sequence)
-            engine.extend(sequence, text.prompt)
-        for number, token in enumerate(text.answer[:-1], 1):
+            wanted = engine.extend(sequence, prompt)
+        answer = [choose(wanted[0], prompt).token_id]
+        for number in range(1, tokens):
+            token = answer[-1]
             if len(repaired.tokens) - repaired.exact >= repair:
                 with engine.stepping():
                     repaired.repair(token)
@@ -128,6 +131,7 @@ def walk_drift(
             rows["chained"] = engine.extend(chained, [token], gate=gates[1], trace=trace)
             rows["repaired"] = engine.extend(repaired, [token], gate=gates[2])
             depths.append(trace.depth)
+            answer.append(choose(wanted[0], [*prompt, *answer]).token_id)
             for path, logits in rows.items():
                 kl[path].append(max(0.0, float(divergence(wanted, logits))))
                 same[path].append(int(wanted.argmax()) == int(logits.argmax()))
@@ -137,6 +141,7 @@ def walk_drift(
         for sequence in sequences:
             engine.slots.release(sequence, keep=False)
     return DriftWalk(
+        tuple(answer),
         {path: tuple(values) for path, values in kl.items()},
         {path: tuple(values) for path, values in same.items()},
         tuple(since),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +54,8 @@ class Quality:
 
     kl: nats a token. agreement: share of tokens whose likeliest next one is exact's. perplexity_ratio: over exact's,
     of exact's own greedy text. Each is a mean over prompts (the ratio a geometric one). kl_by_prompt: in their order.
-    mean_depth: backbone layers a token. depths: how many tokens had depth 0, 1, .. L. tokens_per_s: of the walks.
+    mean_depth: backbone layers a token. depths: how many tokens had depth 0, 1, .. L. tokens_per_s: the
+    median walk's.
     """
 
     kl: Interval
@@ -82,7 +83,7 @@ def summarize(prompts: Sequence[Sequence[Scored]], layers: int) -> Quality:
         kl_by_prompt=tuple(kl),
         mean_depth=sum(depth * count for depth, count in enumerate(depths)) / tokens,
         depths=tuple(depths),
-        tokens_per_s=tokens / max(sum(walk.seconds for walk in every), 1e-9),
+        tokens_per_s=median(len(walk.depths) / max(walk.seconds, 1e-9) for walk in every),
     )
 
 

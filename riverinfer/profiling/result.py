@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from riverinfer.errors import InvalidRequestError
+from riverinfer.json_tree import load_tree
 
 SCHEMA = "riverinfer.profile/1"
 REPETITIVE = 0.2  # share of repeated 4-grams from which on lossless mode's figures need a word
@@ -264,69 +263,4 @@ def notes(profile: Profile) -> list[str]:
 
 def load_profile(path: Path) -> Profile:
     """Read a profile's JSON file. Raises InvalidRequestError for what is none, or of another version."""
-    try:
-        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise InvalidRequestError(
-            f"cannot be read ({reason})", file=path, remedy="give a file of riverinfer profile --json"
-        ) from exc
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise InvalidRequestError(
-            f"is {schema!r}, not {SCHEMA!r}", file=path, field="schema", remedy="make it anew with riverinfer profile"
-        )
-    try:
-        return _profile(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise InvalidRequestError(
-            f"is not a whole profile ({_reason(exc)})", file=path, remedy="make it anew with riverinfer profile"
-        ) from exc
-
-
-def _reason(exc: Exception) -> str:
-    return f"{exc} is missing" if isinstance(exc, KeyError) else str(exc)
-
-
-def _profile(data: dict[str, Any]) -> Profile:
-    return Profile(
-        environment=dict(data["environment"]),
-        model=dict(data["model"]),
-        settings=dict(data["settings"]),
-        load_s=float(data["load_s"]),
-        peak_bytes=None if data["peak_bytes"] is None else int(data["peak_bytes"]),
-        machine=_make(Machine, data["machine"]),
-        modes={name: _mode(mode) for name, mode in data["modes"].items()},
-    )
-
-
-def _mode(data: dict[str, Any]) -> ModeProfile:
-    parts = data["breakdown"]
-    operators = tuple(_make(OperatorTime, each) for each in parts["operators"])
-    runs = tuple(
-        _make(
-            Run, {**run, "intervals_s": tuple(run["intervals_s"]), "exit_depths": tuple(run.get("exit_depths") or ())}
-        )
-        for run in data["runs"]
-    )
-    breakdown = _make(Breakdown, {**parts, "operators": operators, "step_s": tuple(parts["step_s"])})
-    rest = {name: str(data[name]) for name in ("mode", "label")}
-    return ModeProfile(runs=runs, limit=_make(Limit, data["limit"]), breakdown=breakdown, **rest)
-
-
-_TYPES: dict[str, Any] = {"float": (int, float), "int": int, "str": str}
-
-
-def _make(kind: Any, data: dict[str, Any]) -> Any:
-    """A dataclass from a JSON object; fields of later versions are left out. Raises TypeError for other types."""
-    values = {name: data[name] for name in data if name in kind.__dataclass_fields__}
-    for name, value in values.items():
-        wanted = kind.__dataclass_fields__[name].type
-        element = re.fullmatch(r"tuple\[(\w+), \.\.\.\]", wanted)
-        plain = element[1] if element else wanted.removesuffix(" | None")
-        if plain not in _TYPES or (value is None and wanted != plain):
-            continue
-        for each in value if element else (value,):
-            if not isinstance(each, _TYPES[plain]) or isinstance(each, bool):
-                raise TypeError(f"{name} has {each!r}, which is no {plain}")
-    return kind(**values)
+    return load_tree(path, Profile, SCHEMA, "riverinfer profile --save")
