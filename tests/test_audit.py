@@ -16,11 +16,13 @@ from golden_models import ROOT
 
 from riverinfer import Engine
 from riverinfer.cli import main
-from riverinfer.errors import ContextLengthError, InvalidRequestError
+from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
 from riverinfer.evidence.audit import SCHEMA, Audit, AuditSettings, load_audit
 from riverinfer.evidence.audit_run import run_audit
 from riverinfer.evidence.summary import terminal
 from riverinfer.evidence.sweep import OTHERS
+from riverinfer.river import RiverOptions
+from riverinfer.sampling import SamplingParams
 
 SETTINGS = AuditSettings(tokens=16, taus=(0.9,), samples=6, floor_prompts=1, drift_tokens=24)
 RIVER = ["--device", "cpu", "--dtype", "float32", "--river-bits", "4", "--river-group", "32", "--river-method", "rtn"]
@@ -45,7 +47,7 @@ def test_the_report_tells_a_gate_that_knows_from_a_coin(audit: Audit) -> None:
     assert not by_name["coin"].shuffled.beats
     shown = " ".join(terminal(audit, width=10_000).split())
     assert "Planted (mean depth 2.6) beats shuffled depths" in shown
-    assert "does not beat shuffled depths" in next(line for line in audit.findings if line.startswith("Coin"))
+    assert "does not surely beat shuffled depths" in next(line for line in audit.findings if line.startswith("Coin"))
 
 
 def test_points_have_every_family_and_a_front(audit: Audit) -> None:
@@ -144,14 +146,54 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert audit.gate == "similarity, tau 0.9"
     assert audit.prompts == ("Once", "upon a", "time")
     assert (audit.settings["river"], audit.settings["repair"], audit.drift.texts) == ("w4g32-rtn", 4, 3)
-    assert "too few prompts to be told from" in " ".join(printed.split())
-    for text in ("similarity, tau 0.98", "static, depth", "KL chained", "r last V cosine"):
+    assert "of 3 prompts, too few to tell which is better" in " ".join(printed.split())
+    assert "The prompts are too few to judge candidate gates" in " ".join(printed.split())
+    for text in ("similarity, tau 0.98", "static, depth", "KL chained", "last V r"):
         assert text in printed
     quiet = [*flags[2:], "--json", "--no-gates", "--drift-tokens", "0", "--prompts", str(asked)]
     assert main(["audit", str(ROOT / "llama"), *quiet]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["drift"] is None
     assert found["schema"] == SCHEMA
+
+
+def test_answers_end_where_exacts_do(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, settings = prompts(4), AuditSettings(tokens=12, taus=(), samples=2, drift_tokens=0, gates=False)
+    said = [
+        engine.generate(ids, SamplingParams(max_tokens=12, ignore_eos=True), mode="exact").token_ids for _, ids in asked
+    ]
+    ends = [said[0][5], said[1][0]]  # the second one's answer is its end
+    monkeypatch.setattr(engine, "generation_config", replace(engine.generation_config, eos_token_ids=tuple(ends)))
+    lengths = [next((i for i, token in enumerate(text, 1) if token in ends), 12) for text in said]
+    with pytest.warns(RiverinferWarning, match="prompts are left out: exact's answer ends with its first token"):
+        audit = run_audit(engine, asked, settings)
+    left = [length for length in lengths if length > 1]
+    assert len(left) < 4
+    assert sum(audit.quality.depths) == sum(length - 1 for length in left)
+    assert audit.lossless_same == len(left) == len(audit.prompts)
+    monkeypatch.setattr(
+        engine,
+        "generation_config",
+        replace(engine.generation_config, eos_token_ids=tuple(text[0] for text in said[1:])),
+    )
+    with (
+        pytest.warns(RiverinferWarning, match="are left out"),
+        pytest.raises(InvalidRequestError, match="fewer than two prompts have an answer"),
+    ):
+        run_audit(engine, asked, settings)
+
+
+def test_depths_are_named_and_swept_with_the_similarity_gate_only(engine: Engine) -> None:
+    settings = AuditSettings(tokens=6, taus=(0.9,), samples=1, drift_tokens=0, gates=False)
+
+    def names(options: RiverOptions) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "river_options", options)
+            return [comparison.name for comparison in run_audit(engine, prompts(2), settings).comparisons]
+
+    limited = names(RiverOptions(0.5, min_depth=2, max_depth=4))
+    assert limited == ["similarity, tau 0.5, depth 2 to 4", "similarity, tau 0.9, depth 2 to 4"]
+    assert names(RiverOptions(gate="fixed", min_depth=3)) == ["fixed, 3 layers", "similarity, tau 0.9"]
 
 
 @pytest.mark.filterwarnings("default::riverinfer.errors.RiverinferWarning")
@@ -181,6 +223,7 @@ def test_the_certified_tau_is_audited(
     [
         (["--prefill", "last"], "--prefill has no effect here"),
         (["--backbone-layers", "2"], "--backbone-layers has no effect here"),
+        (["--gate", "always", "--tau", "0.9"], "--tau has no effect with --gate always"),
         (["--save", "nowhere/a.json"], "there is no such folder"),
         (["--save", "a.txt"], "cannot tell the format"),
         (["--prompts", "none.txt"], "none.txt: cannot be read"),

@@ -82,7 +82,7 @@ def test_a_coin_does_not(judges: list[Judge]) -> None:
     found = only("coin", [run_trial(j, blind(j), shuffles=2, seed=i) for i, j in enumerate(judges)])
     assert found.chooses
     assert not found.shuffled.beats
-    assert "does not beat shuffled depths" in found.verdict
+    assert "does not surely beat shuffled depths" in found.verdict
 
 
 def test_the_opposite_of_knowing_is_worse(judges: list[Judge]) -> None:
@@ -99,7 +99,7 @@ def test_what_spreading_depths_gains_is_not_called_choice() -> None:
     spread = [made_trial(0.1, 0.2, 0.1 + (i - 2.5) / 100) for i in range(6)]
     found = only("it", spread)
     assert (found.static.beats, found.shuffled.beats) == (True, False)
-    assert found.verdict.endswith("but no more surely than its own depths do at random")
+    assert found.verdict.endswith("but is not told from its own depths at random")
     assert "at random" not in only("it", [made_trial(0.1, 0.2, 0.15)] * 6).verdict
 
 
@@ -113,11 +113,22 @@ def test_of_many_settings_one_must_be_surer() -> None:
     same = Scored((0.1,), (True,), (0.0,), (3,), 1.0)
     idle = [Trial(same, same, (same,))] * 8
     together = compare({"it": lucky, "idle": idle, **plain}, 5)
-    assert [each.together for each in together] == [4] * 5
+    assert [each.shuffled.judged for each in together] == [True, False, True, True, True]
     assert together[0].shuffled.p_better == 4 * 2 / 256
     assert not together[0].shuffled.beats
-    assert "does not beat shuffled depths beyond what luck gives" in together[0].verdict
+    assert "does not surely beat shuffled depths: KL 0.1000 against" in together[0].verdict
+    assert ", p = 0.031, and" in together[0].verdict
     assert (together[1].shuffled.p_better, together[1].chooses) == (1, False)
+
+
+def test_prompts_on_which_nothing_differs_show_nothing() -> None:
+    """What could never be sure neither claims anything nor makes others less sure."""
+    rare = [made_trial(0.1, 0.1, 0.1 + (i < 4) / 100) for i in range(8)]
+    sure = [made_trial(0.1, 0.1, 0.11) for _ in range(8)]
+    found, other = compare({"rare": rare, "sure": sure}, 5)
+    assert (found.shuffled.differing, found.shuffled.judged, found.shuffled.beats) == (4, False, False)
+    assert "differs from shuffled depths on 4 of 8 prompts, too few to tell which is better" in found.verdict
+    assert (other.shuffled.judged, other.shuffled.p_better) == (True, 1 / 256)
 
 
 @pytest.mark.parametrize("prompts", [8, 16])
@@ -139,7 +150,7 @@ def test_few_prompts_prove_nothing(judges: list[Judge]) -> None:
     found = only("planted", [run_trial(j, planted(j), shuffles=1) for j in judges[:5]])
     assert found.shuffled.difference.above_zero
     assert not found.shuffled.beats
-    assert "was tried on too few prompts to be told from shuffled depths" in found.verdict
+    assert "differs from shuffled depths on 5 of 5 prompts, too few to tell which is better" in found.verdict
 
 
 def test_a_gate_that_gives_all_the_same_depth_chooses_nothing(judges: list[Judge]) -> None:

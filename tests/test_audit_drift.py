@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from statistics import fmean
@@ -11,13 +11,19 @@ import pytest
 import torch
 from audit_models import load, prompts
 from forced_drafts import distance_from_exact
+from test_audit_report import make_audit
 
 from riverinfer import Engine
 from riverinfer.errors import NoFreeSlotError
+from riverinfer.evidence import report_curves as curves
 from riverinfer.evidence.drift import PATHS, DriftWalk, summarize_drift, walk_drift
+from riverinfer.evidence.findings import _drift as drift_findings
+from riverinfer.evidence.findings import findings
 from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.quality import Judge
+from riverinfer.evidence.report import report_html
 from riverinfer.evidence.statistics import TAIL
+from riverinfer.evidence.summary import _drift as drift_rows
 from riverinfer.evidence.survival import parting, survival
 from riverinfer.gates import FixedDepth, always, never
 from riverinfer.river import RiverOptions
@@ -43,7 +49,8 @@ def test_the_sawtooth(walks: list[DriftWalk]) -> None:
     drift = summarize_drift(walks, EVERY)
     teeth = drift.sawtooth
     assert [tooth.since_repair for tooth in teeth] == list(range(EVERY))
-    assert sum(tooth.tokens for tooth in teeth) == len(walks) * (TOKENS - 1)
+    # Up to the first repair, the cache is exact by the prompt's prefill.
+    assert sum(tooth.tokens for tooth in teeth) == len(walks) * (TOKENS - 1 - EVERY)
     # Right after a repair nothing in the cache errs; right before the next, seven positions do.
     assert abs(teeth[0].from_cache.mean) < 1e-5
     assert fmean(tooth.from_cache.mean for tooth in teeth[-3:]) > 10 * abs(teeth[0].from_cache.mean)
@@ -53,13 +60,14 @@ def test_the_sawtooth(walks: list[DriftWalk]) -> None:
 
 
 def test_a_step_on_an_exact_cache_errs_less_than_a_chain_of_them(walks: list[DriftWalk]) -> None:
-    drift = summarize_drift(walks, EVERY, bins=4)
-    assert [(part.first, part.end) for part in drift.bins] == [(0, 16), (16, 32), (32, 48), (48, 65)]
+    drift = summarize_drift(walks, EVERY)
+    assert [part.first for part in drift.bins] == [0, 1, 2, 4, 8, 16, 32]
+    assert [part.end for part in drift.bins] == [1, 2, 4, 8, 16, 32, 65]
     later = drift.bins[-1]
     assert later.kl["one_step"].mean < later.kl["repaired"].mean < later.kl["chained"].mean
     assert later.from_cache.above_zero
-    assert drift.growth.above_zero
-    assert drift.growth.mean == pytest.approx(later.from_cache.mean - drift.bins[0].from_cache.mean)
+    assert abs(drift.bins[0].from_cache.mean) < 1e-5
+    assert drift.rise.above_zero
     assert (drift.tokens, drift.texts, drift.repair, drift.mean_depth) == (65, 6, EVERY, 0)
     # Before the first token of a text nothing was approximate yet.
     for walk in walks:
@@ -139,7 +147,124 @@ def test_texts_part_where_the_modes_own_texts_do(engine: Engine, depth: int) -> 
     assert engine.slots.busy == 0
 
 
-def test_growth_needs_six_texts(walks: list[DriftWalk]) -> None:
-    six, five = summarize_drift(walks, EVERY), summarize_drift(walks[:5], EVERY)
-    assert (six.p_grows, six.p_shrinks) == (1 / 64, 1)
-    assert five.p_grows == 1 / 32 > TAIL
+def test_growth_needs_six_texts() -> None:
+    six, five = (summarize_drift([errs(float)] * texts, EVERY) for texts in (6, 5))
+    assert (six.p_rises, six.p_grows, six.p_shrinks) == (1 / 64, 1 / 64, 1)
+    assert min(five.p_rises, five.p_grows) == 1 / 32 > TAIL > six.p_grows
+
+
+def errs(cost: Callable[[int], float], tokens: int = 32, repair: int = EVERY) -> DriftWalk:
+    """A text at whose token i the cache's errors cost so much; repaired ones, a tenth a token since."""
+    since = tuple(i % repair for i in range(tokens))
+    kl = {"one_step": (0.5,) * tokens, "chained": tuple(0.5 + cost(i) for i in range(tokens))}
+    kl["repaired"] = tuple(0.5 + 0.1 * each for each in since)
+    same = dict.fromkeys(PATHS, (True,) * tokens)
+    return DriftWalk((1,) * (tokens + 1), kl, same, since, (2,) * tokens)
+
+
+def said(cost: Callable[[int], float], texts: int = 6, tokens: int = 32, repair: int = EVERY) -> list[str]:
+    """The findings of ``texts`` equal texts."""
+    return drift_findings(summarize_drift([errs(cost, tokens, repair)] * texts, repair))
+
+
+def test_rise_and_late_growth_by_hand() -> None:
+    # Second quarter 8..15, last 24..31; nine tenths of the second's 0.4 are first reached in 4..7.
+    found = summarize_drift([errs(lambda i: min(i, 4) / 10 + (0.2 if i >= 24 else 0))] * 6, EVERY)
+    assert [part.from_cache.mean for part in found.bins] == pytest.approx([0, 0.1, 0.25, 0.4, 0.4, 0.5])
+    assert (found.second.mean, found.last.mean) == pytest.approx((0.4, 0.6))
+    assert (found.rise.mean, found.growth.mean) == pytest.approx((0.4, 0.2))
+    assert (found.risen, found.risen_to) == (8, found.bins[3].from_cache)
+    assert (found.p_rises, found.p_grows, found.p_shrinks) == (1 / 64, 1 / 64, 1)
+    # What one token reaches by chance is not yet the rise.
+    chance = summarize_drift([errs(lambda i: 0.5 if i == 1 else min(i, 4) / 10)] * 6, EVERY)
+    assert (chance.risen, chance.risen_to) == (8, chance.bins[3].from_cache)
+    # No bin of the first half reaches what its second quarter rises to in the end.
+    slow = summarize_drift([errs(lambda i: float(i == 14), 31)] * 6, EVERY)
+    assert (slow.risen, slow.risen_to) == (15, slow.second)
+
+
+@pytest.mark.parametrize(
+    ("length", "edges"),
+    [
+        (1, [0, 1]),
+        (2, [0, 1, 2]),
+        (3, [0, 1, 2, 3]),
+        (4, [0, 1, 2, 4]),
+        (9, [0, 1, 2, 4, 9]),
+        (10, [0, 1, 2, 4, 8, 10]),
+        (17, [0, 1, 2, 4, 8, 17]),
+        (1999, [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1999]),
+    ],
+)
+def test_parts_double(length: int, edges: list[int]) -> None:
+    found = summarize_drift([errs(float, length)] * 6, EVERY)
+    assert [part.first for part in found.bins] + [found.bins[-1].end] == edges
+    assert [part.end for part in found.bins] == edges[1:]
+    assert (found.rise.mean > 0, found.growth.mean > 0) == (length > 1, length > 2)
+
+
+def test_the_finding_in_words() -> None:
+    def rises(after: float) -> Callable[[int], float]:
+        return lambda i: min(i, 4) / 10 - 0.02 * (4 <= i < 8) + after * (i >= 24)
+
+    start = "cost rises from KL 0.0000 at the first token to 0.3800 (0.3800..0.3800) within the first 8 tokens and "
+    second = ": from 0.4000 (0.4000..0.4000) in the second quarter of the text to "
+    texts = "over 32 tokens drawn from exact mode at temperature 1, past any end of text, what the cache's errors "
+    line = said(rises(0))[0]
+    assert line.startswith(texts + start + "does not clearly grow further" + second + "0.4000 ")
+    assert line.endswith("in the last, a difference of 0.0000 (0.0000..0.0000)")
+    assert start + "grows further" + second + "0.6000 " in said(rises(0.2))[0]
+    assert start + "shrinks later" + second + "0.2000 " in said(rises(-0.2))[0]
+    assert (
+        "cost does not clearly rise from KL 0.0000 at the first token and grows later: " in said(lambda i: i // 24)[0]
+    )
+    flat = said(lambda _: -1e-6)[0]
+    assert "cost does not clearly rise from KL 0.0000 at the first token and does not clearly grow later: " in flat
+    assert "-" not in flat
+    few = said(rises(0.2), texts=5)[0]
+    assert "cost goes from KL 0.0000 at the first token to 0.4000 in the second quarter of the text and 0.6000 " in few
+    assert few.endswith("in the last, of 5 texts: too few to call it growth")
+
+
+def test_repairs_are_told_of_where_there_were_some() -> None:
+    repaired = "repaired every 8 tokens, that is 0.0000 right after a repair and 0.7000 right before the next"
+    assert said(float)[1:] == said(float, tokens=16)[1:] == [repaired]
+    # None, then one that the text ends before the next of: neither has both ends of a tooth.
+    assert said(float, tokens=8)[1:] == said(float, tokens=15)[1:] == said(float, repair=1)[1:] == []
+    assert summarize_drift([errs(float, 8)], EVERY).sawtooth == ()
+    assert summarize_drift([errs(float), errs(float, repair=33)], EVERY).sawtooth == ()
+
+
+def test_drift_in_a_terminal() -> None:
+    head, *rows = drift_rows(summarize_drift([errs(lambda i: -1e-6 * (i == 0) + i)] * 6, EVERY))
+    assert [row[0] for row in rows] == ["1", "2", "3..4", "5..8", "9..16", "17..32"]
+    place = head.index("chained less one step")
+    assert rows[0][place] == "0.0000 (0.0000..0.0000)"
+    assert [row[place][:7] for row in rows[1:4]] == ["1.0000 ", "2.5000 ", "5.5000 "]
+
+
+def test_drift_on_the_page() -> None:
+    drawn = curves.drift(summarize_drift([errs(float)] * 6, EVERY))
+    for label in ("1", "2", "3..4", "5..8", "9..16", "17..32", "chained less one step"):
+        assert f">{label}</text>" in drawn
+    assert curves.sawtooth(summarize_drift([errs(float, 8)], EVERY)) == ""
+    page = " ".join(report_html(make_audit()).split())
+    assert "exact mode, temperature 1), and which go on past any end of text" in page
+
+
+@pytest.mark.parametrize(
+    ("parted", "words"),
+    [
+        ([3, 8], "no repair could act before they parted, the first comes after 8 tokens"),
+        ([8, 9], "no repair could act before half of them parted, the first comes after 8 tokens"),
+        ([9, 9], "half have parted after 10 tokens"),
+        ([8, 9, None], "half have parted after 10 tokens"),
+        ([9, None, None], "more than half never part"),
+    ],
+)
+def test_what_no_repair_could_change_is_not_counted_for_it(parted: list[int | None], words: str) -> None:
+    audit = make_audit()
+    free = replace(audit.free_running, river=survival([3, 3], 12), repaired=survival(parted, 12))
+    found = findings(replace(audit, free_running=free, settings={**audit.settings, "repair": 8})).findings
+    (line,) = (line for line in found if line.startswith("Left to itself"))
+    assert f"(half have parted after 4 tokens; repaired: {words}), and" in line

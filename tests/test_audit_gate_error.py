@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from audit_models import load, texts
@@ -25,6 +29,7 @@ from riverinfer.evidence.better_gates import (
     judged,
 )
 from riverinfer.evidence.controls import Trial
+from riverinfer.evidence.findings import _correlation
 from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.gate_error import (
     Exit,
@@ -33,8 +38,17 @@ from riverinfer.evidence.gate_error import (
     exit_depths,
     sample_errors,
 )
-from riverinfer.evidence.gate_error_summary import PAPER_R, summarize_errors
+from riverinfer.evidence.gate_error_summary import (
+    ERRORS,
+    PAPER_R,
+    Correlation,
+    _ranks,
+    _weighted_pearson,
+    error_of,
+    summarize_errors,
+)
 from riverinfer.evidence.quality import Scored
+from riverinfer.evidence.statistics import pearson, spearman
 from riverinfer.gates import FixedDepth, always
 
 LAYERS = 5
@@ -112,6 +126,134 @@ def test_the_summary(engine: Engine) -> None:
     mean = sum(exit.error.k_l2 for exit in found.exits if exit.depth == 4) / 15
     assert found.by_layer[-1].error.k_l2 == pytest.approx(mean)
     assert found.layers[2].low <= found.layers[2].median <= found.layers[2].high
+
+
+def forced(prompts: int, tokens: int = 6, depth: int = 2, **errors: Any) -> list[Sampled]:
+    """Tokens whose similarity rises from 0 to 1 unevenly, with errors given as functions of it."""
+    found = []
+    for i in range(prompts * tokens):
+        similarity = (i * 7 % (prompts * tokens)) / (prompts * tokens)
+        noise = math.sin(37.0 * i)  # has nothing to do with it
+
+        def value(name: str, s: float = similarity, noise: float = noise) -> float:
+            return float(errors[name](s)) if name in errors else 1 + 0.1 * noise
+
+        error = KVError(*(value(field.name) for field in fields(KVError)))
+        exit = Exit(i // tokens, i, depth, similarity, value("kl"), True, error, value("last_v_cosine"))
+        found.append(Sampled(i // tokens, i, (0.0,) * 4, (exit,), ((error, error),)))
+    return found
+
+
+def of(sampled: list[Sampled]) -> dict[str, Correlation]:
+    return {c.error: c for c in summarize_errors(sampled).correlations if c.depth is not None}
+
+
+def test_pearson_and_spearman_of_a_curve_that_rises() -> None:
+    found = of(forced(8, v_cosine=lambda s: math.exp(9 * s)))["v_cosine"]
+    assert found.spearman == pytest.approx(1)
+    assert found.spearman_interval == pytest.approx((1, 1))
+    assert found.pearson is not None
+    assert found.pearson < 0.8
+    assert found.pearson_interval is not None
+    low, high = found.pearson_interval
+    assert low < found.pearson < high < 0.9
+
+
+def test_each_error_has_its_own_direction() -> None:
+    """What falls with similarity is right for L2, norms off 1 and KL, and wrong for cosines."""
+    assert set(ERRORS) == {"kl", "last_v_cosine", *(field.name for field in fields(KVError))}
+    for name in ERRORS:
+        falls = of(forced(8, **{name: lambda s: 3 - s}))
+        grows = of(forced(8, **{name: lambda s: 1 + s}))
+        right = 1 if name.endswith("cosine") else -1
+        assert (falls[name].direction, grows[name].direction) == (-right, right), name
+        others = [c for other, c in falls.items() if other != name]
+        assert all(c.direction == 0 for c in others), name
+
+
+def test_a_norm_too_small_is_as_wrong_as_one_too_large() -> None:
+    exit = forced(1, v_norm=lambda _: 0.5, k_norm=lambda _: 2.0)[0].exits[0]
+    assert error_of(exit, "v_norm") == error_of(exit, "k_norm") == pytest.approx(math.log(2))
+    assert error_of(forced(1, v_norm=lambda _: 0.0)[0].exits[0], "v_norm") > 700  # not an error
+    found = of(forced(8, v_norm=lambda s: math.exp(s - 1)))["v_norm"]  # nears 1 from below
+    assert found.pearson == pytest.approx(-1)
+    assert found.direction == 1
+
+
+def test_intervals_are_over_prompts() -> None:
+    """As those of resamples made by hand, and wider where the tokens of a prompt are the same one many times over."""
+    tokens = forced(10, 3, v_l2=lambda s: s + 0.5 * math.sin(40 * s))
+    found = of(tokens)["v_l2"]
+    rng, drawn = random.Random(1), []
+    for _ in range(1500):
+        exits = [e for p in rng.choices(range(10), k=10) for t in tokens if t.prompt == p for e in t.exits]
+        x, y = [e.similarity for e in exits], [e.error.v_l2 for e in exits]
+        drawn.append((pearson(x, y), spearman(x, y)))
+    tail = 0.012  # 0.025 expanded for ten prompts
+    for at, interval in enumerate((found.pearson_interval, found.spearman_interval)):
+        assert interval == pytest.approx(np.quantile([pair[at] or 0 for pair in drawn], [tail, 1 - tail]), abs=0.06)
+    again = of([each for token in tokens for each in [token] * 5])["v_l2"]
+    assert again.tokens == 5 * found.tokens
+    assert again.pearson_interval == pytest.approx(found.pearson_interval)
+    assert again.spearman_interval == pytest.approx(found.spearman_interval, abs=0.01)
+
+
+def test_a_weighted_resample_is_the_one_written_out() -> None:
+    x, y = np.array([1.0, 2, 2, 5, 3]), np.array([3.0, 1, 4, 4, 0])
+    weights = np.array([[2.0, 0, 1, 1, 3], [1, 1, 1, 1, 1]])
+    pairs = (x, y), (_ranks(weights, x), _ranks(weights, y))
+    for correlate, pair in zip((pearson, spearman), pairs, strict=True):
+        found = _weighted_pearson(weights, *pair)
+        for row, value in zip(weights.astype(int), found, strict=True):
+            assert value == pytest.approx(correlate(x.repeat(row).tolist(), y.repeat(row).tolist()))
+
+
+def test_what_has_no_correlation_has_no_interval() -> None:
+    flat = of(forced(8, k_l2=lambda _: 0.3))["k_l2"]
+    assert (flat.pearson, flat.spearman, flat.pearson_interval, flat.spearman_interval) == (None,) * 4
+    few = of(forced(4, k_l2=lambda s: s))["k_l2"]
+    assert few.pearson == pytest.approx(1)
+    assert few.pearson_interval is few.spearman_interval is None
+    assert few.direction == 0
+
+
+def test_pearson_alone_is_not_sure() -> None:
+    """One far-off token a prompt turns r against the order of all others."""
+    found = Correlation(6, "v_cosine", -0.4, -0.2, 128, (-0.6, -0.1), (-0.4, 0.1))
+    assert found.direction == 0
+    assert replace(found, spearman_interval=(-0.4, -0.1)).direction == -1
+    assert replace(found, spearman_interval=(0.1, 0.4)).direction == 0
+
+
+def test_the_finding_names_depths_and_directions() -> None:
+    def finding(*correlations: Correlation) -> str:
+        line = _correlation(SimpleNamespace(gate_error=SimpleNamespace(correlations=correlations, paper_r=PAPER_R)))
+        assert line is not None
+        return line
+
+    def c(depth: int | None, error: str, r: float, rho: float, half: float = 0.1) -> Correlation:
+        return Correlation(depth, error, r, rho, 128, (r - half, r + half), (rho - half, rho + half))
+
+    v = [
+        c(1, "v_cosine", 0.7, 0.8),
+        c(9, "v_cosine", 0.5, 0.4),
+        c(14, "v_cosine", 0.05, 0),
+        c(20, "v_cosine", -0.5, -0.6),
+    ]
+    kl = [c(1, "kl", -0.3, -0.35), c(9, "kl", 0.3, 0.35)]
+    line = finding(*v, *kl, c(None, "v_cosine", 0.99, 0.99), c(1, "last_v_cosine", 0.2, 0.1, 0.5))
+    assert (
+        "V over the layers after the exit: the smaller, surely, after 1, 9 layers (r 0.50 to 0.70, rho 0.40 to 0.80)"
+        " and the larger, surely, after 20 layers (r -0.50, rho -0.60), unsure at 1 of 4 depths;"
+    ) in line
+    assert "V in the last layer: sure at none of 1 depths (r 0.20)" in line
+    kl_said = line[line.index("KL: ") :]
+    assert kl_said.startswith(
+        "KL: the smaller, surely, after 1 layer (r -0.30, rho -0.35) and the larger, surely, after 9 layers (r 0.30"
+    )
+    assert "0.99" not in line
+    assert "hardly" not in line
+    assert "too few prompts to tell (r 0.70)" in finding(replace(v[0], pearson_interval=None, spearman_interval=None))
 
 
 def made(count: int, layers: int = 6) -> list[Example]:
@@ -214,4 +356,4 @@ def test_only_who_beats_shuffled_depths_is_kept() -> None:
     assert [each.fit.name for each in found.candidates] == list(named)
     none = judged(fits, {"confidence": bad}, 2, 4, 5)
     assert none.kept == ()
-    assert "no candidate gate beats shuffled depths" in none.verdict
+    assert "no candidate gate surely beats shuffled depths" in none.verdict

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -10,22 +12,24 @@ from typing import Any
 import pytest
 from self_contained import assert_self_contained
 
+from riverinfer.evidence import report_errors
 from riverinfer.evidence.audit import Audit, FreeRunning
 from riverinfer.evidence.better_gates import GateFit, judged
 from riverinfer.evidence.controls import Trial, compare
 from riverinfer.evidence.drift import PATHS, DriftWalk, summarize_drift
 from riverinfer.evidence.findings import findings
 from riverinfer.evidence.gate_error import Exit, KVError, Sampled
-from riverinfer.evidence.gate_error_summary import GateError, summarize_errors
+from riverinfer.evidence.gate_error_summary import ERRORS, Correlation, GateError, LayerError, summarize_errors
 from riverinfer.evidence.quality import Scored, floor_of, summarize
 from riverinfer.evidence.report import report_html, summary
+from riverinfer.evidence.summary import _errors
 from riverinfer.evidence.survival import survival
 from riverinfer.evidence.sweep import Point, mark_front
 
 LAYERS, PROMPTS, TOKENS = 6, 8, 8
 EVIL = '"><script src="http://evil.example/x.js">alert(1)</script><img onerror=x>&amp;\x00\ud800$x$'
-FIGURES = ["by-prompt", "similarity", "scatter", "correlations", "controls", "candidates", "depths", "sweep", "pareto"]
-FIGURES += ["drift", "sawtooth", "survival"]
+FIGURES = ["by-prompt", "similarity", "scatter", "scatter-last", "correlations", "correlation-map", "layer-errors"]
+FIGURES += ["controls", "candidates", "depths", "sweep", "pareto", "drift", "sawtooth", "survival"]
 
 
 class Page(HTMLParser):
@@ -180,6 +184,55 @@ def test_findings_and_figures_are_there(audit: Audit, page: Page) -> None:
     assert "the paper's: 0.5536" in page.said("text")
     assert "masking (D-LLM), tau 0.5 (2 prompts)" in page.said("th")
     assert "134,515,008" in page.said("dd")
+
+
+def with_errors(audit: Audit) -> Audit:
+    """Every error another constant, every correlation another number, all in the direction that a gate needs."""
+    error = KVError(0.91, 0.92, 0.03, 0.04, 1.05, 1.06)
+    exits = tuple(replace(e, error=error, last_v_cosine=0.77, similarity=0.5, kl=0.08) for e in audit.gate_error.exits)
+    correlations = tuple(
+        Correlation(depth, name, sign * at / 100, sign * (at / 100 + 0.2), 32, (0.01, at / 10), (0.02, at / 10 + 0.02))
+        for depth in (1, 3, 5)
+        for at, (name, sign) in enumerate(ERRORS.items(), 11)
+    )
+    layers = (LayerError(1, 1, KVError(0, 0.25, 0, 7, 0, 0)), LayerError(1, 2, KVError(0, 0.5, 0, 9, 0, 0)))
+    errors = replace(audit.gate_error, exits=exits, correlations=correlations, by_layer=layers)
+    return replace(audit, gate_error=errors)
+
+
+def test_errors_stand_under_their_names(audit: Audit) -> None:
+    text = report_html(with_errors(audit))
+    marked = re.findall(r"<tr[^>]*>.*?</tr>", text, re.DOTALL)
+    rows = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in marked]
+    assert "exit after similarity K cosine V cosine last-layer V cosine K L2 V L2 K norm V norm KL" in rows
+    assert "1 0.500 0.910 0.920 0.770 0.030 0.040 1.050 1.060 0.080" in rows
+    assert "V L2 1 -0.15 0.01..1.50 -0.35 0.02..1.52" in rows
+    assert "KL 5 -0.18 0.01..1.80 -0.38 0.02..1.82" in rows
+    page = Page(text)
+    drawn = [value for tag, value in page.texts if tag == "text"]
+    assert drawn.index("after 1 layer: r = 0.12") < drawn.index("after 1 layer: r = 0.13")
+    at = drawn.index("0.11")
+    assert drawn[at : at + 6] == ["0.11"] * 3 + ["0.12"] * 3
+    assert drawn.index("0.31") > at + 23  # Spearman's after all of Pearson's
+    head, first, *_ = _errors(with_errors(audit))
+    assert head[3:] == ["V cosine", "V L2", "V norm", "V cosine r/rho", "last V r/rho", "KL r/rho"]
+    assert first == ["1", "0.500", "0.080", "0.920", "0.040", "1.060", "0.12/0.32", "0.13/0.33", "-0.18/-0.38"]
+
+
+def test_maps_are_coloured_by_what_a_gate_needs(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[list[float]]] = []
+    paint = report_errors._map
+    monkeypatch.setattr(report_errors, "_map", lambda *args: (seen.append(args[1]), paint(*args))[1])
+    errors = with_errors(audit).gate_error
+    report_errors.correlation_map(errors)
+    numbers = [at / 100 for at in range(11, 11 + len(ERRORS))]
+    for drawn, more in zip(seen, (0, 0.2), strict=True):
+        assert drawn == [pytest.approx([number + more] * 3) for number in numbers]
+    seen.clear()
+    report_errors.layer_errors(errors)
+    (cosines,), (sizes,) = seen
+    assert cosines == pytest.approx([math.nan, 0.75, 0.5], nan_ok=True)
+    assert sizes == pytest.approx([math.nan, 7, 9], nan_ok=True)
 
 
 def test_the_sentences_on_top(audit: Audit) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from riverinfer import Engine, SamplingParams
 from riverinfer.cli import main
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
+from riverinfer.evidence import prompts as evidence_prompts
 from riverinfer.evidence import tau_calibration
 from riverinfer.evidence.certificate import (
     Certificate,
@@ -28,11 +29,11 @@ from riverinfer.evidence.certificate import (
 )
 from riverinfer.evidence.forced import Text, Walked, exact_texts, walk_forced
 from riverinfer.evidence.learn_then_test import betting_p_value, drawn_order
-from riverinfer.evidence.prompts import prompt_ids
+from riverinfer.evidence.prompts import prompt_ids, read_prompts
 from riverinfer.evidence.tau_calibration import GRID, calibrate_tau
 from riverinfer.gates import Gate
 from riverinfer.river import RiverOptions
-from riverinfer.weights_convert.river_artifact import remove_rivers, river_path
+from riverinfer.weights_convert.river_artifact import RiverSettings, remove_rivers, river_path
 
 DELTA = 0.05
 PROMPTS = ["Once upon a time", "Hello", "One two three", "The river", "A lamp", "Good morning"]
@@ -91,7 +92,10 @@ def test_losses_are_disagreements_with_exact(engine: Engine) -> None:
     found = calibrate_tau(engine, PROMPTS, grid=(-1.0,), **LOOSE)
     # The same by hand, from the cut answers, one token at a time.
     losses = []
-    for (text,) in ([text] for text in exact_texts(engine, prompt_ids(engine, PROMPTS), LOOSE["horizon"] + 1)):
+    order, prompts_hash = drawn_order(PROMPTS)
+    assert found.prompts_hash == prompts_hash
+    assert order != PROMPTS
+    for (text,) in ([text] for text in exact_texts(engine, prompt_ids(engine, order), LOOSE["horizon"] + 1)):
         ends = [i for i, token in enumerate(text.answer) if token in engine.generation_config.eos_token_ids]
         answer = text.answer[: ends[0] + 1] if ends else text.answer
         wrong = 0
@@ -108,8 +112,16 @@ def test_losses_are_disagreements_with_exact(engine: Engine) -> None:
     assert found.tested[0].mean_loss == pytest.approx(np.mean(losses))
     assert 0 < found.tested[0].mean_loss < 1
     assert found.tested[0].mean_depth == 1
-    tested = np.asarray(losses)[drawn_order(len(losses), found.prompts_hash)]
-    assert found.tested[0].p_value == float(betting_p_value(tested, LOOSE["epsilon"], DELTA))
+    assert len({*losses}) > 1
+    assert found.tested[0].p_value == float(betting_p_value(losses, LOOSE["epsilon"], DELTA))
+
+
+def test_a_shuffled_file_gives_the_same_certificate(engine: Engine) -> None:
+    first, *others = (
+        calibrate_tau(engine, listed, grid=(-1.0,), **LOOSE) for listed in (PROMPTS, PROMPTS[::-1], sorted(PROMPTS))
+    )
+    assert all(replace(each, date=first.date) == first for each in others)
+    assert calibrate_tau(engine, PROMPTS[1:], grid=(-1.0,), **LOOSE).prompts_hash != first.prompts_hash
 
 
 def test_looser_settings_are_not_walked_once_one_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +174,21 @@ def test_bad_values_and_engines_are_refused(engine: Engine, llama: Engine) -> No
         calibrate_tau(llama, PROMPTS, **LOOSE)
     with pytest.raises(ContextLengthError, match=r"begins 'Hello Hello .*' has .*lower --horizon"):
         calibrate_tau(engine, ["Hello", "Hello " * 18], **LOOSE)
+
+
+@pytest.mark.parametrize("templates", [True, False])
+def test_a_prompt_that_is_too_long_by_itself_is_named(
+    engine: Engine, templates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not templates:
+        monkeypatch.setattr(evidence_prompts, "load_templates", lambda _: {})
+    match = r"begins 'Hello Hello .*' has \d+ tokens, more than the context \(128\); leave it out, or raise --ctx-size"
+    with pytest.raises(ContextLengthError, match=match):
+        prompt_ids(engine, ["Hello", "Hello " * 90])
+    assert len(prompt_ids(engine, ["Hello"])[0][1]) > 0
+    if not templates:
+        with pytest.raises(InvalidRequestError, match="the prompt has no tokens"):
+            prompt_ids(engine, [""])
 
 
 def test_a_repeated_prompt_counts_once(engine: Engine) -> None:
@@ -238,6 +265,21 @@ def test_every_condition_counts(certified: Path, model: Path) -> None:
             Engine.load(model, tau="auto", **FLAGS)
 
 
+def other_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def template_file(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+
+def named_template(model: Path) -> None:
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0]['content'] }}")
+
+
 def other_weights(model: Path) -> None:
     path = model / "model.safetensors"
     tensors = load_file(path)
@@ -256,10 +298,24 @@ def other_river(model: Path) -> None:
     ("edit", "message"),
     [
         (lambda model: edit_json(model / "config.json", rms_norm_eps=0.5), "config.json; calibrate again"),
+        (
+            lambda model: edit_json(model / "generation_config.json", eos_token_id=5),
+            "the end of text in generation_config.json; calibrate again",
+        ),
+        (
+            lambda model: edit_json(model / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}"),
+            "the tokenizer or chat template; calibrate again",
+        ),
+        (template_file, "the tokenizer or chat template; calibrate again"),
+        (named_template, "the tokenizer or chat template; calibrate again"),
+        (
+            lambda model: other_text(model / "tokenizer.json", "{", "{ "),
+            "the tokenizer or chat template; calibrate again",
+        ),
         (other_river, "the river's file; calibrate again"),
         (other_weights, r"the river \(was made from other weights"),
     ],
-    ids=["config", "river", "weights"],
+    ids=["config", "end", "template", "template file", "named template", "tokenizer", "river", "weights"],
 )
 def test_another_model_or_river_is_refused_by_name(
     certified: Path, model: Path, edit: Callable[[Path], None], message: str
@@ -269,11 +325,27 @@ def test_another_model_or_river_is_refused_by_name(
         Engine.load(model, tau="auto", **FLAGS)
 
 
+def test_every_file_of_a_tokenizer_counts_and_no_other(certified: Path, model: Path) -> None:
+    from riverinfer.checkpoint import Checkpoint
+
+    settings = RiverSettings(group=32, method="rtn")
+    seen = [identities(Checkpoint.open(model), settings)]
+    old = ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+    for name in (*old, "chat_template.json"):
+        (model / name).write_text("{}")
+        seen.append(identities(Checkpoint.open(model), settings))
+    assert len({each["tokenizer"] for each in seen}) == len(seen)
+    (model / "README.md").write_text("{}")
+    edit_json(model / "generation_config.json", temperature=0.5)  # a certificate is about greedy answers
+    assert identities(Checkpoint.open(model), settings) == seen[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("model", "0", "these differ: the model's weights;"),
         ("version", 99, "version: is 99"),
+        ("version", 1, "version: is 1, not 2; run: riverinfer calibrate"),
         ("tau", 0.6, "is damaged .*not the last that was certified"),
         ("tested", [{"tau": "x"}], "is damaged"),
         ("conditions", {"riverinfer": "0.0"}, r"riverinfer \(0.0 there"),
@@ -314,6 +386,7 @@ def test_the_command_end_to_end(model: Path, prompts: Path, capsys: pytest.Captu
     assert main(wanted) == 0
     printed = capsys.readouterr()
     assert "Certified: tau" in printed.out
+    assert "of the 6 tokens after an answer's first one, which the exact prompt predicts (" in printed.out
     path = Path(printed.out.rsplit("certificate: ", 1)[1].strip())
     found = read_certificate(path)
     assert (found.prompts, found.horizon, found.epsilon, found.delta) == (6, 6, 0.9, 0.05)
@@ -338,6 +411,14 @@ def test_the_command_that_certifies_nothing(model: Path, prompts: Path, capsys: 
     assert json.loads(printed.out)["tau"] is None
     assert "2 of 8 prompts repeat others: each counts once, 6 in all" in printed.err
     assert "6 different prompts cannot certify 0.02 whatever they show, it takes 150 at least" in printed.err
+    prompts.write_text("Hello\nHello\n")
+    assert main(wanted) == 0
+    printed = capsys.readouterr()
+    assert "1 of 2 prompts repeat others: each counts once, 1 in all" in printed.err
+    assert "note: 1 prompt cannot certify 0.02 whatever it shows, it takes 150" in printed.err
+    assert "Nothing could be certified: 1 prompt does not show, with" in printed.out
+    assert "was seen; it could show 100.00% at best)" in printed.out
+    prompts.write_text("\n".join(PROMPTS))
     assert main(wanted) == 0
     assert "Nothing could be certified: 6 prompts do not show" in capsys.readouterr().out
     assert main(["generate", str(model), "--mode", "river", "--tau", "auto", "-p", "Hi", "-n", "2", *ARGS]) == 0
@@ -367,6 +448,36 @@ def test_bad_flags_are_refused_in_a_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (model.parent / "cache").exists()
+
+
+def test_jsonl_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    texts = ["one\u2028two", "a\u0085b", "d\u2029"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    assert read_prompts(path) == texts
+    plain = tmp_path / "prompts.txt"
+    plain.write_bytes("\ufeffone\u2028two\r\n\nthree\n".encode())
+    assert read_prompts(plain) == ["one\u2028two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'"a"\n' + b"[" * 100_000, "prompts.jsonl: line 2 is nested too deeply; one object a line"),
+        (b"\xff\xfe", "prompts.jsonl: is not UTF-8 text; give a text or JSONL file"),
+        (b'"a"\n\n{', "prompts.jsonl: line 3 is not JSON"),
+    ],
+)
+def test_prompt_files_that_are_refused_in_a_line(
+    tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    assert main(["calibrate", str(ROOT / "llama"), "--prompts", str(path), *ARGS]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_an_interrupted_write_leaves_the_old_certificate(

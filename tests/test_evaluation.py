@@ -18,7 +18,7 @@ from test_calibrate import certify
 
 from riverinfer import Engine
 from riverinfer.cli import main
-from riverinfer.errors import ContextLengthError, InvalidRequestError
+from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
 from riverinfer.evidence import human_eval as humaneval
 from riverinfer.evidence.benchmark import Benchmark, Item, ask
 from riverinfer.evidence.final_answer import final_answer, same_answer
@@ -159,6 +159,7 @@ def test_math_problems(tmp_path: Path) -> None:
         ('\n{"question": "q"}', "line 2 has no question or no answer"),
         ('["q"]', "line 1 has no question"),
         ('{"question": "q", "answer": "none"}', "line 1 has no answer"),
+        ("[" * 100_000, "line 1 is nested too deeply"),
         ("", "has 0 problems"),
     ],
 )
@@ -168,6 +169,20 @@ def test_bad_problem_files(content: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match=problem) as caught:
         word_problems("GSM8K", file, shots=0)
     assert caught.value.file == str(file)
+
+
+def test_problem_files_from_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "gsm.jsonl"
+    rows = [{"question": f"One\u2028and {n}?", "answer": f"#### {n + 1}"} for n in range(2)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert [(each.question, each.answer) for each in read_problems("GSM8K", file)] == [
+        ("One\u2028and 0?", "1"),
+        ("One\u2028and 1?", "2"),
+    ]
+    file.write_bytes(b"\xff")
+    with pytest.raises(InvalidRequestError, match=r"gsm.jsonl: is not UTF-8 text; give"):
+        read_problems("GSM8K", file)
 
 
 def test_a_base_model_stops_at_the_next_question(engine: Engine) -> None:
@@ -400,6 +415,7 @@ def test_paper_command(capsys: pytest.CaptureFixture[str]) -> None:
         "lossless",
     ]
     assert lines[8] == "lossless said what exact said: 2 of 2 answers"
+    assert "second-hand readings" in lines[-1]
 
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -589,11 +605,55 @@ def test_lm_eval_arguments(adapter: Any) -> None:
         ({"pretrained": MODEL, "mode": "exact", "depth": 2}, "depth: has no effect in exact mode"),
         ({"pretrained": MODEL, "mode": "river", "tau": 0.5, "depth": 2}, "tau: does not go with depth"),
         ({"pretrained": MODEL, "scoring": "guess"}, "scoring: is 'guess'"),
+        ({"pretrained": MODEL, "tau": "auto"}, "tau: has no effect in lossless mode"),
+        ({"pretrained": MODEL, "min_depth": 1}, "min_depth: has no effect in lossless mode"),
+        ({"pretrained": MODEL, "mode": "exact", "max_depth": 2}, "max_depth: has no effect in exact mode"),
+        ({"pretrained": MODEL, "repair": 4}, "repair: has no effect in lossless mode"),
+        ({"pretrained": MODEL, "mode": "exact", "river_head": "exact"}, "river_head: has no effect in exact mode"),
+        ({"pretrained": MODEL, "mode": "river", "min_depth": 2, "depth": 2}, "min_depth: does not go with depth"),
+        ({"pretrained": MODEL, "mode": "river", "max_depth": 2, "depth": 0}, "max_depth: does not go with depth"),
+        ({"pretrained": MODEL, "mode": "river", "gate": "always", "depth": 0}, "gate: does not go with depth"),
+        ({"pretrained": MODEL, "mode": "river", "tau": "some"}, "tau: is 'some'; give a number, or \"auto\""),
+        ({"pretrained": MODEL, "mode": "river", "river_head": "none"}, "river_head: is 'none'"),
+        ({"pretrained": MODEL, "mode": "rivers", "tau": 0.5}, "mode: unknown mode 'rivers'"),
     ],
 )
 def test_lm_eval_arguments_that_do_not_go_together(adapter: Any, arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(InvalidRequestError, match=problem):
         adapter.RiverinferLM(**arguments)
+
+
+def test_lm_eval_river_options(adapter: Any) -> None:
+    place = {"dtype": "float32", "device": "cpu", "ctx_size": 128, "river_group": 32, "mode": "river"}
+    given = {"tau": -1, "min_depth": 2, "max_depth": 3, "repair": 4, "river_head": "exact", "river_method": "rtn"}
+    model = adapter.RiverinferLM(MODEL, **place, **given)
+    try:
+        assert model.engine.river_options == RiverOptions(-1, 2, 3, repair=4)
+        assert (model.engine.model.river_head, str(model.engine.river_settings)) == (None, "w4g32-rtn")
+        model._loglikelihood_tokens([(None, [5, 9], [3, 4])], disable_tqdm=True)
+        assert model.scorer.depths == {2: 2}
+    finally:
+        model.engine.close()
+
+
+def test_lm_eval_takes_the_certified_tau(adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RIVERINFER_CACHE", str(tmp_path / "cache"))
+    folder = copy_model("llama", tmp_path / "llama")
+    arguments = {"dtype": "float32", "device": "cpu", "ctx_size": 128, "river_group": 32, "river_method": "rtn"}
+    arguments |= {"mode": "river", "tau": "auto"}
+    certify(folder, 0.01)
+    model = adapter.RiverinferLM(folder, **arguments)
+    assert (model.engine.mode, model.engine.river_options.tau) == ("river", 0.7)
+    model.engine.close()
+    with pytest.raises(InvalidRequestError, match=r"these differ: max_depth \(None there, 3 here\)"):
+        adapter.RiverinferLM(folder, **arguments, max_depth=3)
+    certify(folder, 0.5)  # nothing is certified: exact mode
+    with pytest.warns(RiverinferWarning, match="could certify no tau"):
+        model = adapter.RiverinferLM(folder, **arguments)
+    model._loglikelihood_tokens([(None, [5, 9], [3, 4])], disable_tqdm=True)
+    info = model.get_model_info()
+    assert (info["mode"], info["scoring"], model.scorer.depths) == ("exact", "decode", {5: 2})
+    model.engine.close()
 
 
 def test_lm_eval_log_likelihoods(lms: dict[str, Any], engine: Engine) -> None:

@@ -152,14 +152,44 @@ def test_going_on_after_a_setting_that_failed_breaks_it(splits: NDArray[np.float
     assert violations(splits, loosest_rejected) > most(DELTA, SPLITS)
 
 
+def named(trial: int, losses: NDArray[np.float64]) -> dict[str, float]:
+    """A file: the loss of each prompt. Names sort as losses do."""
+    return {f"{trial}, prompt {number:04}": float(loss) for number, loss in enumerate(losses)}
+
+
+def as_tested(file: dict[str, float]) -> list[float]:
+    """Losses in the order of the test."""
+    order, _ = drawn_order(file)
+    assert sorted(order) == sorted(file)
+    return [file[text] for text in order]
+
+
+def test_a_set_of_prompts_is_tested_in_one_order() -> None:
+    texts = [f"{number}" for number in range(50)]
+    assert drawn_order(texts) == drawn_order(texts[::-1]) == drawn_order([*texts[7:], *texts])
+    assert drawn_order(texts)[0] not in (texts, sorted(texts))
+    assert drawn_order(texts[1:])[1] != drawn_order(texts)[1]
+
+
+def test_the_best_of_many_shuffled_files_is_no_better_than_one() -> None:
+    """True risk at epsilon, losses of 0 and 1: to list the prompts in 20 ways and keep the best gains nothing."""
+    rng, trials = np.random.default_rng(5), 400
+    by_set, by_file = 0, 0
+    for trial in range(trials):
+        losses = named(trial, (rng.random(200) < EPSILON).astype(np.float64))
+        files = [{text: losses[text] for text in rng.permutation(list(losses)).tolist()} for _ in range(20)]
+        by_set += min(float(betting_p_value(as_tested(file), EPSILON, DELTA)) for file in files) <= DELTA
+        by_file += min(float(betting_p_value([*file.values()], EPSILON, DELTA)) for file in files) <= DELTA
+    assert by_set / trials <= most(DELTA, trials)
+    assert by_file / trials > 0.3, "what files in their own order would allow"
+
+
 def test_a_sorted_file_certifies_nothing_false() -> None:
     """The easy prompts first: along the file the capital grows before the others come."""
     losses = np.r_[np.zeros(200), np.ones(800)]
     assert betting_p_value(losses, 0.02, 0.05) < 0.05
-    for seed in range(50):
-        order = drawn_order(len(losses), f"{seed:x}")
-        assert sorted(order) == list(range(len(losses)))
-        assert betting_p_value(losses[order], 0.02, 0.05) > 0.05
+    for trial in range(50):
+        assert betting_p_value(as_tested(named(trial, losses)), 0.02, 0.05) > 0.05
 
 
 def test_sorted_draws_keep_the_level() -> None:
@@ -167,7 +197,7 @@ def test_sorted_draws_keep_the_level() -> None:
     rng, rejected, plain = np.random.default_rng(3), 0, 0
     for trial in range(400):
         losses = np.sort(rng.binomial(64, 0.1, 200) / 64)
-        rejected += bool(betting_p_value(losses[drawn_order(200, f"{trial:x}")], 0.1, 0.1) <= 0.1)
+        rejected += bool(betting_p_value(as_tested(named(trial, losses)), 0.1, 0.1) <= 0.1)
         plain += bool(betting_p_value(losses, 0.1, 0.1) <= 0.1)
     assert rejected / 400 <= 0.1 + 2 * (0.1 * 0.9 / 400) ** 0.5
     assert plain / 400 > 0.5

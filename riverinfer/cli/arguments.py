@@ -216,11 +216,12 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "What is found is kept beside the river, for --mode river --tau auto. It is a statement about the average over"
         " different prompts like those of FILE, taken to be independent draws from those of later use, each the first"
-        " message of a chat; about the first tokens of an answer (--horizon); about the likeliest token, given exact"
-        " mode's own text so far; and about this model, river and these flags. It bounds no single text, no other"
-        " languages or topics, no longer answers nor sampled ones, and says nothing of answers after their first other"
-        " word. With probability 1 - C at most it is wrong; whoever calibrates until something passes makes"
-        " that more. That nothing can be certified is an answer too: --tau auto then runs exact mode."
+        " message of a chat; about the tokens (--horizon) after an answer's first one, which the exact prompt predicts;"
+        " about the likeliest token, given exact mode's own text so far; and about this model, its tokenizer and chat"
+        " template, this river and these flags. It bounds no single text, no other languages or topics, no longer"
+        " answers nor sampled ones, and says nothing of answers after their first other word. With probability 1 - C at"
+        " most it is wrong; whoever calibrates until something passes, with other prompts or flags, makes that more."
+        " That nothing can be certified is an answer too: --tau auto then runs exact mode."
     )
     _model(parser)
     group = parser.add_argument_group("what is to be certified")
@@ -242,7 +243,11 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         "--confidence", type=float, default=0.95, metavar="C", help="how sure to be of that (default: 0.95)"
     )
     group.add_argument(
-        "--horizon", type=int, default=64, metavar="N", help="tokens of each answer that are looked at (default: 64)"
+        "--horizon",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens of each answer, after its first one, that are looked at (default: 64)",
     )
     parser.add_argument("--json", action="store_true", help="print the certificate as one JSON object")
     _runtime(parser, mode=False)
@@ -284,7 +289,7 @@ def _audit(parser: argparse.ArgumentParser) -> None:
         "--drift-tokens",
         type=int,
         metavar="N",
-        help="of each long text, 0 = no drift; texts are watched for their first other token as long (default: 2000,"
+        help="of each long text, 0 = no drift; texts are watched for their first other token as long (default: 2048,"
         " or what the context holds)",
     )
     group.add_argument(

@@ -55,6 +55,11 @@ def _refuse(args: argparse.Namespace) -> None:
                 remedy="leave it out",
             )
 
+    from riverinfer.river import RiverOptions
+
+    if args.gate != "similarity" and args.tau != RiverOptions.tau:
+        raise InvalidRequestError(f"--tau has no effect with --gate {args.gate}", remedy="leave one of them out")
+
 
 def _settings(args: argparse.Namespace) -> AuditSettings:
     from riverinfer.evidence.audit import AuditSettings

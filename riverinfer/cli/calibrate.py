@@ -78,11 +78,9 @@ def _warn_of_few(prompts: int, epsilon: float, delta: float) -> None:
 
     fewest = fewest_prompts(epsilon, delta)
     if prompts < fewest:
-        print(
-            f"riverinfer: note: {prompts} different prompts cannot certify {epsilon:g} whatever they show,"
-            f" it takes {fewest} at least",
-            file=sys.stderr,
-        )
+        few = "1 prompt cannot" if prompts == 1 else f"{prompts} different prompts cannot"
+        shown = f"whatever {'it shows' if prompts == 1 else 'they show'}, it takes {fewest} at least"
+        print(f"riverinfer: note: {few} certify {epsilon:g} {shown}", file=sys.stderr)
 
 
 def _table(certificate: Certificate, layers: int) -> str:
@@ -104,16 +102,20 @@ def _conclusion(certificate: Certificate, layers: int) -> str:
     bound, sure = f"{certificate.epsilon:.2%}", f"{1 - certificate.delta:.4g}"
     if certificate.tau is None:
         least = least_bound(certificate.prompts, certificate.delta)
+        one = certificate.prompts == 1
         return (
-            f"Nothing could be certified: {certificate.prompts} prompts do not show, with confidence {sure}, a mean"
-            f" disagreement below {bound} even at the strictest tau ({certificate.tested[0].mean_loss:.2%} was seen;"
-            f" so many prompts could show {least:.2%} at best). --tau auto runs exact mode."
+            f"Nothing could be certified: {'1 prompt does' if one else f'{certificate.prompts} prompts do'} not show,"
+            f" with confidence {sure}, a mean disagreement below {bound} even at the strictest tau"
+            f" ({certificate.tested[0].mean_loss:.2%} was seen; {'it' if one else 'so many prompts'} could show"
+            f" {least:.2%} at best). --tau auto runs exact mode."
         )
     deployed = next(each for each in certificate.tested if each.tau == certificate.tau)
+    like = "this one" if certificate.prompts == 1 else f"these {certificate.prompts}"
+    judged = f"{certificate.horizon} token{'' if certificate.horizon == 1 else 's'}"
     text = (
-        f"Certified: tau {certificate.tau:g}. With confidence {sure}, on average over prompts like these"
-        f" {certificate.prompts}, the river's likeliest token is another than exact mode's at less than {bound} of an"
-        f" answer's first {certificate.horizon} tokens ({deployed.mean_loss:.2%} was seen)."
+        f"Certified: tau {certificate.tau:g}. With confidence {sure}, on average over prompts like {like}, the river's"
+        f" likeliest token is another than exact mode's at less than {bound} of the {judged} after an answer's"
+        f" first one, which the exact prompt predicts ({deployed.mean_loss:.2%} was seen)."
     )
     if deployed.mean_depth > layers - 0.5:
         text += " But hardly a token left the backbone: this is no faster than exact mode."

@@ -25,19 +25,19 @@ from riverinfer.json_tree import load_tree, to_tree
 from riverinfer.sampling import check_integer
 
 SCHEMA = "riverinfer.audit/1"
-DRIFT_TOKENS = 2000
+DRIFT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class AuditSettings:
     """How much is measured.
 
-    tokens: of each answer. taus: of the sweep, beside the audited setting. shuffles: of each gate's depths.
-    samples: tokens a prompt that are forced out, at ``exits`` depths. floor_prompts: how many are held against exact
-    itself. drift_tokens, drift_texts: length and number of long texts, and the length up to which texts are watched for
-    their first other token; 0 tokens: no drift; None: 2,000, or what the context holds. Growth can be told of
-    ``DRIFT_TEXTS`` texts at least. repair: R, every so many tokens.
-    gates: whether candidate gates are tried (from 4 prompts on).
+    tokens: of each answer at most; it ends where exact's does. taus: of the sweep, beside the audited setting.
+    shuffles: of each gate's depths. samples: tokens a prompt that are forced out, at ``exits`` depths. floor_prompts:
+    how many are held against exact itself. drift_tokens, drift_texts: length and number of long texts, and the length
+    up to which texts are watched for their first other token; 0 tokens: no drift; None: ``DRIFT_TOKENS``, or what the
+    context holds. Growth can be told of ``DRIFT_TEXTS`` texts at least. repair: R, every so many tokens. gates: whether
+    candidate gates are tried.
     Raises InvalidRequestError for values out of range.
     """
 

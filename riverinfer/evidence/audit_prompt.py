@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.gate_error import Sampled, exit_depths, sample_errors
 from riverinfer.evidence.quality import Judge, Scored, exact_again
 from riverinfer.evidence.sweep import OTHERS, lossless_text, walk_strategy
-from riverinfer.gates import FixedDepth, Gate, SimilarityGate, always
+from riverinfer.gates import FixedDepth, Gate, always
 from riverinfer.river import RiverOptions
 from riverinfer.sampling import SamplingParams
 
@@ -45,9 +45,15 @@ class Found:
 
 def gate_label(options: RiverOptions) -> str:
     """The audited setting for people."""
-    if options.gate == "similarity":
-        return f"similarity, tau {options.tau:g}" if isinstance(options.tau, (int, float)) else "similarity, calibrated"
-    return f"fixed, {options.min_depth} layers" if options.gate == "fixed" else f"gate {options.gate}"
+    if options.gate == "fixed":
+        return f"fixed, {options.min_depth} layers"
+    if options.gate != "similarity":
+        return f"gate {options.gate}"
+    label = f"similarity, tau {options.tau:g}" if isinstance(options.tau, (int, float)) else "similarity, tau by layer"
+    least, most = options.min_depth, options.max_depth
+    if (least, most) != (RiverOptions.min_depth, None):
+        label += f", depth {least} to {'all' if most is None else most}"
+    return label
 
 
 def measure_prompt(
@@ -66,10 +72,11 @@ def measure_prompt(
         found.walks.setdefault((family, setting), []).append(scored)
 
     gates: dict[str, Gate] = {AUDITED: options.make_gate()}
+    swept = options if options.gate == "similarity" else RiverOptions()
     for tau in settings.taus:
-        label = f"similarity, tau {tau:g}"
-        if label != gate_label(options):
-            gates[label] = SimilarityGate(tau, options.min_depth, options.max_depth)
+        at = replace(swept, tau=tau)
+        if gate_label(at) != gate_label(options):
+            gates[gate_label(at)] = at.make_gate()
     gates |= {name: make(judge) for name, make in own_gates.items()}
     for name, gate in gates.items():
         trial = run_trial(judge, gate, shuffles=settings.shuffles, seed=settings.seed + index)

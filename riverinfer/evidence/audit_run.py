@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from riverinfer.checkpoint import Checkpoint
-from riverinfer.errors import InvalidRequestError
+from riverinfer.errors import InvalidRequestError, RiverinferWarning
 from riverinfer.evidence.audit import DRIFT_TOKENS, Audit, AuditSettings, FreeRunning
 from riverinfer.evidence.audit_prompt import AUDITED, Found, OwnGates, gate_label, measure_prompt
 from riverinfer.evidence.better_gates import (
@@ -31,7 +32,7 @@ from riverinfer.evidence.better_gates import (
 from riverinfer.evidence.controls import Comparison, Trial, compare, run_trial
 from riverinfer.evidence.drift import Drift, summarize_drift, walk_drift
 from riverinfer.evidence.findings import findings
-from riverinfer.evidence.forced import Text, exact_texts
+from riverinfer.evidence.forced import Text, cut_at_end, exact_texts
 from riverinfer.evidence.gate_error_summary import summarize_errors
 from riverinfer.evidence.prompts import require_room
 from riverinfer.evidence.quality import Judge, floor_of, summarize
@@ -63,15 +64,12 @@ def run_audit(
     settings = _fitting(engine, prompts, settings)
     layers = engine.config.num_layers
     options = engine.river_options.limited(layers, engine.model.held_layers)
-    texts = []
-    for number, prompt in enumerate(prompts, 1):
-        texts += exact_texts(engine, [prompt], settings.tokens)
-        _tell(progress, "exact texts", number, len(prompts))
+    texts = _texts(engine, prompts, settings.tokens, progress)
     found = Found()
     for index, text in enumerate(texts):
         measure_prompt(engine, text, index, options, settings, found, own_gates or {})
         _tell(progress, "prompts", index + 1, len(texts))
-    _survival(engine, prompts, options, settings, found, progress)
+    _survival(engine, texts, options, settings, found, progress)
     drift = _drift(engine, prompts, options, settings, progress)
     better = _better(engine, texts, found, settings, progress) if settings.gates else None
     comparisons = compare(
@@ -88,7 +86,12 @@ def run_audit(
     audit = Audit(
         environment=_environment(engine),
         model=_model(engine),
-        settings={**asdict(settings), "river": str(engine.river_settings), "options": asdict(options)},
+        settings={
+            **asdict(settings),
+            "river": str(engine.river_settings),
+            "river_head": "exact" if engine.model.river_head is None else "quantized",
+            "options": asdict(options),
+        },
         seconds=time.perf_counter() - began,
         prompts=tuple(text.name for text in texts),
         gate=gate_label(options),
@@ -124,18 +127,35 @@ def _fitting(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], setti
     return replace(settings, drift_tokens=min(DRIFT_TOKENS, room))
 
 
+def _texts(
+    engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], tokens: int, progress: Progress | None
+) -> list[Text]:
+    """Exact's answers up to their end; prompts whose answer has no second token to predict are left out."""
+    texts = []
+    for number, prompt in enumerate(prompts, 1):
+        texts += [cut_at_end(engine, text) for text in exact_texts(engine, [prompt], tokens)]
+        _tell(progress, "exact texts", number, len(prompts))
+    longer = [text for text in texts if len(text.answer) > 1]
+    if left_out := len(texts) - len(longer):
+        said = f"{left_out} of {len(texts)} prompts are left out: exact's answer ends with its first token"
+        warnings.warn(said, RiverinferWarning, stacklevel=3)
+    if len(longer) < 2:
+        raise InvalidRequestError("fewer than two prompts have an answer", field="prompts", remedy="give others")
+    return longer
+
+
 def _survival(
     engine: Engine,
-    prompts: Sequence[tuple[str, Sequence[int]]],
+    texts: Sequence[Text],
     options: RiverOptions,
     settings: AuditSettings,
     found: Found,
     progress: Progress | None,
 ) -> None:
     limit = max(settings.tokens, settings.drift_tokens or 0)
-    for number, (_, ids) in enumerate(prompts, 1):
-        found.parted.append(parting(engine, ids, options.make_gate, settings.repair, limit))
-        _tell(progress, "first other tokens", number, len(prompts))
+    for number, text in enumerate(texts, 1):
+        found.parted.append(parting(engine, text.prompt, options.make_gate, settings.repair, limit))
+        _tell(progress, "first other tokens", number, len(texts))
 
 
 def _drift(

@@ -194,8 +194,10 @@ class BetterGates:
 
     @property
     def verdict(self) -> str:
+        if not any(each.comparison.shuffled.judged for each in self.candidates):
+            return "the prompts are too few to judge candidate gates by shuffled depths"
         if not self.kept:
-            return "no candidate gate beats shuffled depths on prompts that it was not fitted on"
+            return "no candidate gate surely beats shuffled depths on prompts that it was not fitted on"
         return f"beat shuffled depths on prompts that they were not fitted on: {', '.join(self.kept)}"
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import riverinfer
 from riverinfer.checkpoint import Checkpoint
-from riverinfer.errors import ConversionError, InvalidRequestError, RiverinferWarning, WeightsError
+from riverinfer.errors import ConversionError, InvalidRequestError, RiverinferWarning, TokenizerError, WeightsError
 from riverinfer.evidence.learn_then_test import fixed_sequence
+from riverinfer.generation_config import load_generation_config
 from riverinfer.weights_convert.river_artifact import RiverSettings, open_river, river_digest, river_path
 
 if TYPE_CHECKING:
@@ -26,9 +27,31 @@ if TYPE_CHECKING:
     from riverinfer.river import RiverOptions
 
 AUTO = "auto"
-LOSS = "share of a prompt's answer tokens, teacher-forced, at which the river's likeliest token is not exact's"
-_VERSION = 1
-_SHOWN = {"model": "the model's weights", "config": "config.json", "river": "the river's file"}
+LOSS = (
+    "share of a prompt's answer tokens after the first, teacher-forced, at which the river's likeliest token is not"
+    " exact's"
+)
+_VERSION = 2
+_SHOWN = {
+    "model": "the model's weights",
+    "config": "config.json",
+    "generation": "the end of text in generation_config.json",
+    "tokenizer": "the tokenizer or chat template",
+    "river": "the river's file",
+}
+# All that a tokenizer or ``load_templates`` may read, whichever of them it does.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +68,10 @@ class Setting:
 class Certificate:
     """With probability 1 - delta the mean loss over prompts like those tested is below epsilon at ``tau``.
 
-    tau: None if nothing could be certified. prompts: how many, repeated ones once. horizon: answer tokens judged of
-    each, at most. grid: the settings, strict to loose, fixed in advance. tested: those up to the first that was not
-    certified. model, config, river, prompts_hash: sha256 of the weight files, of what config.json says, of the river's
-    file (see ``river_digest``) and of those prompts' texts, each with a newline. conditions: see ``text_conditions``.
+    tau: None if nothing could be certified. prompts: how many, repeated ones once. horizon: tokens judged of each
+    answer, at most, after its first, which the exact prompt predicts. grid: the settings, strict to loose, fixed in
+    advance. tested: those up to the first that was not certified. model, config, generation, tokenizer, river: see
+    ``identities``. prompts_hash: see ``drawn_order``. conditions: see ``text_conditions``.
     """
 
     tau: float | None
@@ -60,6 +83,8 @@ class Certificate:
     tested: tuple[Setting, ...]
     model: str
     config: str
+    generation: str
+    tokenizer: str
     river: str
     prompts_hash: str
     conditions: dict[str, Any]
@@ -98,10 +123,37 @@ def text_conditions(
 
 
 def identities(checkpoint: Checkpoint, settings: RiverSettings) -> dict[str, str]:
-    """Hashes ``model``, ``config`` and ``river`` of what is there now. Raises WeightsError without a valid river."""
+    """sha256 of what is there now, by name.
+
+    model: the weight files. config: what config.json says. generation: the tokens that end a text. tokenizer: the
+    files that prompts' ids depend on, chat templates included. river: the river's file, see ``river_digest``.
+
+    Raises WeightsError without a valid river, ConfigError or TokenizerError for a file that cannot be read.
+    """
     river = open_river(checkpoint, settings)
-    config = hashlib.sha256(repr(checkpoint.config).encode()).hexdigest()
-    return {"model": river.source_hash, "config": config, "river": river_digest(river.path)}
+    ends = load_generation_config(checkpoint.model_dir, checkpoint.config).eos_token_ids
+    return {
+        "model": river.source_hash,
+        "config": hashlib.sha256(repr(checkpoint.config).encode()).hexdigest(),
+        "generation": hashlib.sha256(repr(ends).encode()).hexdigest(),
+        "tokenizer": _tokenizer_hash(checkpoint.model_dir),
+        "river": river_digest(river.path),
+    }
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    """Of name, length and bytes of each of ``_TOKENIZER_FILES`` that is there."""
+    found = hashlib.sha256()
+    for path in (path for name in _TOKENIZER_FILES for path in sorted(folder.glob(name)) if path.is_file()):
+        try:
+            content = path.read_bytes()
+        except OSError as exc:
+            raise TokenizerError(
+                f"cannot be read ({exc.strerror or exc})", file=path, remedy="check its permissions"
+            ) from exc
+        found.update(f"{path.relative_to(folder)}\n{len(content)}\n".encode(errors="surrogateescape"))
+        found.update(content)
+    return found.hexdigest()
 
 
 def certificate_path(river: Path) -> Path:
@@ -153,9 +205,9 @@ def read_certificate(path: Path) -> Certificate:
 
 
 def find_certificate(checkpoint: Checkpoint, settings: RiverSettings, conditions: dict[str, Any]) -> Certificate:
-    """The certificate of a model's river, if it is about these weights, this river and these conditions.
+    """The certificate of a model's river, if it is about these files, this river and these conditions.
 
-    Raises InvalidRequestError, naming all that differs.
+    Raises InvalidRequestError, naming all that differs, and what ``identities`` raises for files but the river's.
     """
     path = certificate_path(river_path(checkpoint, settings))
     certificate = read_certificate(path)

@@ -70,12 +70,16 @@ class Against:
     """A gate against one control over all prompts.
 
     difference: the control's KL less the gate's, in nats a token, paired by prompt: above zero the gate is better.
-    p_better, p_worse: ``sign_flip`` of that and of its opposite, adjusted (``holm``) for how many settings are judged
-    together against this control.
+    differing: prompts on which it is not zero. p_better, p_worse: ``sign_flip`` of the difference and of its opposite,
+    adjusted (``holm``) for how many settings are judged together against this control; 1 where ``judged`` is False.
+    judged: whether so many differing prompts can show anything. Whether they can hangs on sizes, not on signs, so what
+    is not judged need not weigh on what is (Tarone, Biometrics 46, 1990).
     """
 
     control: Quality
     difference: Interval
+    differing: int
+    judged: bool
     p_better: float
     p_worse: float
 
@@ -94,7 +98,6 @@ class Comparison:
     """A gate and its controls over all prompts.
 
     chooses: whether the gate gave tokens of one prompt different depths at all; if not, it *is* a static prefix.
-    together: how many settings were judged together.
     """
 
     name: str
@@ -102,7 +105,6 @@ class Comparison:
     static: Against
     shuffled: Against
     chooses: bool
-    together: int
 
     @property
     def verdict(self) -> str:
@@ -112,19 +114,20 @@ class Comparison:
         parts = self._against(self.shuffled, "shuffled depths"), self._against(self.static, "a static prefix")
         spread = self.static.beats > self.shuffled.beats
         return f"{self.name} (mean depth {self.gate.mean_depth:.1f}) {parts[0]}, and {parts[1]}" + (
-            ", but no more surely than its own depths do at random" if spread else ""
+            ", but is not told from its own depths at random" if spread else ""
         )
 
     def _against(self, against: Against, what: str) -> str:
-        difference = against.difference
+        difference, count = against.difference, len(self.gate.kl_by_prompt)
+        p = f", p = {min(against.p_better, against.p_worse):.2g}" if against.judged else ""
         if against.beats or against.loses:
             said = f"{'beats' if against.beats else 'is worse than'} {what}"
-        elif least_p(len(self.gate.kl_by_prompt)) * self.together > TAIL:
-            said = f"was tried on too few prompts to be told from {what}"
+        elif against.judged:
+            said = f"does not surely beat {what}"
         else:
-            said = f"does not beat {what}" + (" beyond what luck gives" if difference.above_zero else "")
+            said = f"differs from {what} on {against.differing} of {count} prompts, too few to tell which is better"
         spread = f"{difference.mean:.4f} ({difference.low:.4f}..{difference.high:.4f})"
-        return f"{said}: KL {self.gate.kl.mean:.4f} against {against.control.kl.mean:.4f}, difference {spread}"
+        return f"{said}: KL {self.gate.kl.mean:.4f} against {against.control.kl.mean:.4f}, difference {spread}{p}"
 
 
 def compare(trials: Mapping[str, Sequence[Trial]], layers: int) -> tuple[Comparison, ...]:
@@ -139,7 +142,6 @@ def compare(trials: Mapping[str, Sequence[Trial]], layers: int) -> tuple[Compari
             static=static[name],
             shuffled=shuffled[name],
             chooses=name in choosing,
-            together=max(1, len(choosing)),
         )
         for name, tried in trials.items()
     )
@@ -155,14 +157,17 @@ def _against(
         name: [fmean(fmean(walk.kl) for walk in control(trial)) - fmean(trial.gate.kl) for trial in tried]
         for name, tried in trials.items()
     }
+    differing = {name: sum(x != 0 for x in values) for name, values in differences.items()}
     # A setting that chooses nothing is its own control: it claims nothing, and must not weigh on those that do.
-    judged = [name for name in trials if name in choosing]
+    judged = [name for name in trials if name in choosing and least_p(differing[name]) <= TAIL]
     better = dict(zip(judged, holm([sign_flip(differences[name]) for name in judged]), strict=True))
     worse = dict(zip(judged, holm([sign_flip([-x for x in differences[name]]) for name in judged]), strict=True))
     return {
         name: Against(
             control=summarize([control(trial) for trial in tried], layers),
             difference=bootstrap(differences[name]),
+            differing=differing[name],
+            judged=name in judged,
             p_better=better.get(name, 1.0),
             p_worse=worse.get(name, 1.0),
         )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SLOTS = 3  # sequences that ``walk_drift`` holds at once
 DRIFT_TEXTS = 6  # the fewest of which ``sign_flip`` can show growth
+RISEN = 0.9  # of the second quarter's mean, from which on the first rise is over
 PATHS = ("one_step", "chained", "repaired")
 
 
@@ -65,8 +66,8 @@ class DriftBin:
 
 @dataclass(frozen=True)
 class Tooth:
-    """Tokens with ``since_repair`` inexact positions before them: KL of the repaired path and of one step, and the
-    difference with its interval over texts."""
+    """Tokens after a text's first repair with ``since_repair`` inexact positions before them: KL of the repaired path
+    and of one step, and the difference with its interval over texts."""
 
     since_repair: int
     repaired: float
@@ -77,9 +78,15 @@ class Tooth:
 
 @dataclass(frozen=True)
 class Drift:
-    """tokens: of each of ``texts`` texts. repair: R. growth: from_cache of the last bin less that of the first.
+    """tokens: of each of ``texts`` texts. repair: R. bins: 1, 1, 2, 4, 8, .. tokens long, the last what remains.
+    sawtooth: by ``since_repair``; empty unless each text was repaired.
 
-    p_grows, p_shrinks: ``sign_flip`` of the growth, text by text, and of its opposite.
+    second, last: from_cache in the second and the last quarter of the texts. rise: the second quarter's less that of
+    the first bin, where nothing in the cache errs yet. risen: how many tokens until the rise is over, the end of the
+    first later bin from which on all that end in the first half reach ``RISEN`` of the second quarter's from_cache (a
+    bin of a token or two may reach it by chance); risen_to: from_cache of that bin. Where there is none, they are the
+    second quarter's end and from_cache. growth: the last quarter's less the second's, long after the rise.
+    p_rises, p_grows, p_shrinks: ``sign_flip`` of the rise, of the growth and of its opposite, text by text.
     """
 
     tokens: int
@@ -88,7 +95,13 @@ class Drift:
     mean_depth: float
     bins: tuple[DriftBin, ...]
     sawtooth: tuple[Tooth, ...]
+    second: Interval
+    last: Interval
+    rise: Interval
+    risen: int
+    risen_to: Interval
     growth: Interval
+    p_rises: float
     p_grows: float
     p_shrinks: float
 
@@ -149,24 +162,47 @@ def walk_drift(
     )
 
 
-def summarize_drift(walks: Sequence[DriftWalk], repair: int, bins: int = 8) -> Drift:
-    """``walks``: of texts of one length, at least one."""
+def summarize_drift(walks: Sequence[DriftWalk], repair: int) -> Drift:
+    """``walks``: of texts of one length, at least one. Of fewer than three tokens, parts of a text coincide."""
     length = len(walks[0].depths)
-    bins = min(bins, length)
-    edges = [i * length // bins for i in range(bins + 1)]
-    first, last = (_from_cache(walks, *edges[i : i + 2]) for i in (0, bins - 1))
-    growths = [after - before for before, after in zip(first, last, strict=True)]
+    bins = [_bin(walks, low, high) for low, high in pairwise(_edges(length))]
+    start = min(max(1, length // 4), length - 1)
+    half = max(start + 1, length // 2)
+    first, second, last = (_from_cache(walks, *part) for part in ((0, 1), (start, half), (3 * length // 4, length)))
+    rises, growths = ([b - a for a, b in zip(*pair, strict=True)] for pair in ((first, second), (second, last)))
+    level = bootstrap(second)
+    end, reached = half, level
+    for part in reversed([part for part in bins[1:] if part.end <= half]):
+        if part.from_cache.mean < RISEN * level.mean:
+            break
+        end, reached = part.end, part.from_cache
     return Drift(
         tokens=length,
         texts=len(walks),
         repair=repair,
         mean_depth=fmean(depth for walk in walks for depth in walk.depths),
-        bins=tuple(_bin(walks, low, high) for low, high in pairwise(edges)),
+        bins=tuple(bins),
         sawtooth=tuple(_teeth(walks)),
+        second=level,
+        last=bootstrap(last),
+        rise=bootstrap(rises),
+        risen=end,
+        risen_to=reached,
         growth=bootstrap(growths),
+        p_rises=sign_flip(rises),
         p_grows=sign_flip(growths),
         p_shrinks=sign_flip([-growth for growth in growths]),
     )
+
+
+def _edges(length: int) -> list[int]:
+    """0, 1, 2, 4, 8, .. ``length``; a last part shorter than half of the one before is joined to it."""
+    edges = [0, 1]
+    while edges[-1] < length:
+        edges.append(min(2 * edges[-1], length))
+    if len(edges) > 3 and 2 * (edges[-1] - edges[-2]) < edges[-2] - edges[-3]:
+        del edges[-2]
+    return edges
 
 
 def _from_cache(walks: Sequence[DriftWalk], low: int, high: int) -> list[float]:
@@ -184,11 +220,15 @@ def _bin(walks: Sequence[DriftWalk], low: int, high: int) -> DriftBin:
 
 
 def _teeth(walks: Sequence[DriftWalk]) -> list[Tooth]:
-    """By ``since_repair``, for those numbers that every text has."""
-    common = set.intersection(*(set(walk.since_repair) for walk in walks))
+    """By ``since_repair``, for those numbers that every text has after its first repair."""
+    begins = [_first_repair(walk.since_repair) for walk in walks]
+    common = set.intersection(*(set(walk.since_repair[begin:]) for walk, begin in zip(walks, begins, strict=True)))
     teeth = []
     for since in sorted(common):
-        at = [[i for i, each in enumerate(walk.since_repair) if each == since] for walk in walks]
+        at = [
+            [i for i, each in enumerate(walk.since_repair) if i >= begin and each == since]
+            for walk, begin in zip(walks, begins, strict=True)
+        ]
         repaired, one_step = (
             [fmean(walk.kl[path][i] for i in places) for walk, places in zip(walks, at, strict=True)]
             for path in ("repaired", "one_step")
@@ -196,3 +236,8 @@ def _teeth(walks: Sequence[DriftWalk]) -> list[Tooth]:
         tokens = sum(len(places) for places in at)
         teeth.append(Tooth(since, fmean(repaired), fmean(one_step), paired(repaired, one_step), tokens))
     return teeth
+
+
+def _first_repair(since: Sequence[int]) -> int:
+    """The first token before which a repair was made, the end if there is none: nothing else takes ``since`` to 0."""
+    return next((i for i in range(1, len(since)) if since[i - 1] > since[i] == 0), len(since))

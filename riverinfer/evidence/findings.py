@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from riverinfer.evidence.audit import Audit
 from riverinfer.evidence.drift import DRIFT_TEXTS, Drift
+from riverinfer.evidence.gate_error_summary import Correlation
 from riverinfer.evidence.quality import Floor
 from riverinfer.evidence.statistics import TAIL, Interval
 
@@ -21,12 +23,15 @@ def findings(audit: Audit) -> Audit:
     lines.append(_free(audit))
     if audit.better is not None:
         lines.append(audit.better.verdict)
+    elif audit.settings.get("gates"):
+        lines.append("there are too few tokens to fit candidate gates on")
     return replace(audit, findings=tuple(line[0].upper() + line[1:] for line in lines))
 
 
 def shown(interval: Interval, digits: int = 4, scale: float = 1) -> str:
     """Mean and interval, ``0.1014 (0.0921..0.1107)``."""
-    mean, low, high = (f"{value * scale:.{digits}f}" for value in (interval.mean, interval.low, interval.high))
+    values = (interval.mean, interval.low, interval.high)
+    mean, low, high = (f"{round(value * scale, digits) + 0.0:.{digits}f}" for value in values)  # no "-0.0000"
     return f"{mean} ({low}..{high})"
 
 
@@ -45,21 +50,47 @@ def _floor(floor: Floor) -> str:
         return "exact against itself in one batch of rows: equal to the bit, so no noise is in these figures"
     return (
         f"exact against itself in one batch of rows: KL {shown(floor.batched.kl, 6)}, same likeliest token"
-        f" {shown(floor.batched.agreement, 2, 100)} %; differences of that size say nothing"
+        f" {shown(floor.batched.agreement, 2, 100)} %; a KL of that size says nothing"
     )
 
 
 def _correlation(audit: Audit) -> str | None:
-    found = [c for c in audit.gate_error.correlations if c.error == "last_v_cosine" and c.pearson is not None]
-    by_depth = [c for c in found if c.depth is not None]
-    if not by_depth:
+    """Where similar tokens err less, of what an exit writes right after it, of the last layer and of the outcome."""
+    by_depth = [c for c in audit.gate_error.correlations if c.depth is not None and c.pearson is not None]
+    kinds = {"v_cosine": "V over the layers after the exit", "last_v_cosine": "V in the last layer", "kl": "KL"}
+    parts = [
+        f"{text}: {_where(mine)}" for name, text in kinds.items() if (mine := [c for c in by_depth if c.error == name])
+    ]
+    if not parts:
         return None
-    low, high = min(c.pearson or 0 for c in by_depth), max(c.pearson or 0 for c in by_depth)
-    pooled = next((f", over all {c.pearson:.2f}" for c in found if c.depth is None), "")
     return (
-        f"similarity at an exit and cosine of the last layer's V after it: Pearson r {low:.2f} to {high:.2f} by exit"
-        f" depth{pooled}; the paper reports {audit.gate_error.paper_r}"
+        f"how an exit's error goes with the similarity there (the more similar, ...) - {'; '.join(parts)}; sure is what"
+        " the intervals of Pearson's r and Spearman's rho both tell from 0, each depth by itself; the paper reports"
+        f" r = {audit.gate_error.paper_r} for early layers and V in the last layer"
     )
+
+
+def _where(found: Sequence[Correlation]) -> str:
+    """At which depths one error surely falls or rises with similarity."""
+    said = []
+    for direction, word in ((1, "the smaller, surely"), (-1, "the larger, surely")):
+        if sure := [c for c in found if c.direction == direction]:
+            depths = ", ".join(str(c.depth) for c in sure)
+            values = [_range("r", [c.pearson for c in sure]), _range("rho", [c.spearman for c in sure])]
+            layers = "layer" if depths == "1" else "layers"
+            said.append(f"{word}, after {depths} {layers} ({', '.join(value for value in values if value)})")
+    if all(c.pearson_interval is None for c in found):
+        return f"too few prompts to tell ({_range('r', [c.pearson for c in found])})"
+    if not said:
+        return f"sure at none of {len(found)} depths ({_range('r', [c.pearson for c in found])})"
+    rest = sum(c.direction == 0 for c in found)
+    return " and ".join(said) + (f", unsure at {rest} of {len(found)} depths" if rest else "")
+
+
+def _range(name: str, values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    low, high = (f"{pick(known, default=0):.2f}" for pick in (min, max))
+    return "" if not known else f"{name} {low}" if low == high else f"{name} {low} to {high}"
 
 
 def _lossless(audit: Audit) -> str:
@@ -70,34 +101,59 @@ def _lossless(audit: Audit) -> str:
 
 
 def _drift(drift: Drift) -> list[str]:
-    word = "grows" if drift.p_grows <= TAIL else "shrinks" if drift.p_shrinks <= TAIL else "does not clearly grow"
-    parts = drift.bins[0].from_cache, drift.bins[-1].from_cache
+    first, second, last = (plain_zero(each) for each in (drift.bins[0].from_cache, drift.second, drift.last))
+    begins = f"from KL {first.mean:.4f} at the first token"
     if drift.texts < DRIFT_TEXTS:
-        change = f"from KL {parts[0].mean:.4f} in the first part to {parts[1].mean:.4f} in the last"
-        line = f"goes {change}, of {drift.texts} texts: too few to call it growth"
-    else:
         line = (
-            f"{word}: from KL {shown(parts[0])} in the first eighth to {shown(parts[1])} in the last, a difference of"
-            f" {shown(drift.growth)}"
+            f"goes {begins} to {second.mean:.4f} in the second quarter of the text and {last.mean:.4f} in the last, of"
+            f" {drift.texts} texts: too few to call it growth"
         )
-    lines = [f"over {drift.tokens} tokens what the cache's errors cost {line}"]
-    if len(drift.sawtooth) > 1:
-        first, last = drift.sawtooth[0], drift.sawtooth[-1]
+    else:
+        rises = drift.p_rises <= TAIL
+        further = "further" if rises else "later"
+        if rises:
+            rise = f"rises {begins} to {shown(plain_zero(drift.risen_to))} within the first {drift.risen} tokens"
+        else:
+            rise = f"does not clearly rise {begins}"
+        if drift.p_grows <= TAIL:
+            growth = f"grows {further}"
+        else:
+            growth = "shrinks later" if drift.p_shrinks <= TAIL else f"does not clearly grow {further}"
+        line = (
+            f"{rise} and {growth}: from {shown(second)} in the second quarter of the text to {shown(last)} in the last,"
+            f" a difference of {shown(plain_zero(drift.growth))}"
+        )
+    texts = f"over {drift.tokens} tokens drawn from exact mode at temperature 1, past any end of text,"
+    lines = [f"{texts} what the cache's errors cost {line}"]
+    teeth = {tooth.since_repair: plain_zero(tooth.from_cache).mean for tooth in drift.sawtooth}
+    if {0, drift.repair - 1} <= teeth.keys():
         lines.append(
-            f"repaired every {drift.repair} tokens, that is {first.from_cache.mean:.4f} right after a repair and"
-            f" {last.from_cache.mean:.4f} right before the next"
+            f"repaired every {drift.repair} tokens, that is {teeth[0]:.4f} right after a repair and"
+            f" {teeth[drift.repair - 1]:.4f} right before the next"
         )
     return lines
 
 
+def plain_zero(interval: Interval) -> Interval:
+    """Rounded to four digits, without the sign of a negative zero."""
+    return Interval(*(round(value, 4) + 0.0 for value in (interval.mean, interval.low, interval.high)))
+
+
 def _free(audit: Audit) -> str:
-    free, count = audit.free_running, len(audit.prompts)
+    free, count, repair = audit.free_running, len(audit.prompts), audit.settings["repair"]
 
     def said(median: int | None) -> str:
         return "more than half never part" if median is None else f"half have parted after {median} tokens"
 
+    # A repair is first made once ``repair`` tokens are said, so up to there both part alike by construction.
+    early = sum(at is not None and at <= repair for at in free.repaired.parted)
+    repaired = said(free.repaired.median)
+    if 2 * early >= len(free.repaired.parted):
+        who = "they" if early == len(free.repaired.parted) else "half of them"
+        repaired = f"no repair could act before {who} parted, the first comes after {repair} tokens"
+
     return (
         f"left to itself, {sum(at is not None for at in free.river.parted)} of {count} texts part from exact's before"
-        f" its end ({said(free.river.median)}; repaired: {said(free.repaired.median)}), and exact finds river's text,"
+        f" its end ({said(free.river.median)}; repaired: {repaired}), and exact finds river's text,"
         f" its first {audit.settings['tokens']} tokens, {free.likelihood_ratio:.2f} times as perplexing as its own"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -66,6 +66,13 @@ def exact_texts(engine: Engine, prompts: Iterable[tuple[str, Sequence[int]]], to
     return [
         Text(name, tuple(ids), tuple(engine.generate(ids, params, mode="exact").token_ids)) for name, ids in prompts
     ]
+
+
+def cut_at_end(engine: Engine, text: Text) -> Text:
+    """The same text up to its first token that ends one, that token included."""
+    ends = {*engine.generation_config.eos_token_ids, engine.tokenizer.eos_token_id}
+    end = next((i for i, token in enumerate(text.answer, 1) if token in ends), len(text.answer))
+    return replace(text, answer=text.answer[:end])
 
 
 def walk_forced(

@@ -1,28 +1,47 @@
 """What the errors of forced exits come to: correlations with the similarity there, and means by depth and layer.
 
 The paper (arXiv 2604.18396) reports Pearson r = 0.5536 between early-layer similarity and the similarity of last-layer
-values between backbone and exit path: here that with ``last_v_cosine``.
+values between backbone and exit path: here that with ``last_v_cosine`` at early depths.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from riverinfer.evidence.gate_error import Exit, KVError, Sampled, mean_error
-from riverinfer.evidence.statistics import pearson, spearman
+from riverinfer.evidence.statistics import pearson, spearman, student
 
 PAPER_R = 0.5536  # arXiv 2604.18396
-KEPT = ("kl", "k_cosine", "v_cosine", "k_l2", "v_l2", "last_v_cosine")  # what similarity is correlated with
+# What similarity is correlated with, and the sign of a correlation by which similar tokens err less. Of a norm ratio it
+# is |log ratio|: a norm twice too large is as wrong as one twice too small.
+ERRORS = {
+    "k_cosine": 1,
+    "v_cosine": 1,
+    "last_v_cosine": 1,
+    "k_l2": -1,
+    "v_l2": -1,
+    "k_norm": -1,
+    "v_norm": -1,
+    "kl": -1,
+}
+LEAST_PROMPTS = 5  # of fewer, resampled correlations are mostly of one or two prompts again: no interval
+RESAMPLES = 1000
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of similarity with an error, over the tokens that left at ``depth``, or over all exits (depth None).
+    """Of similarity with an error of ``ERRORS``, over the tokens that left at ``depth``, or over all exits (None).
 
-    ``pooled`` ones mix depths, and with them the fact that deeper exits err less whatever the token. None: undefined.
+    Those over all mix depths, and with them the fact that deeper exits err less whatever the token. None: undefined.
+    Intervals: 95 %, of prompts drawn again; None of fewer than ``LEAST_PROMPTS``.
     """
 
     depth: int | None
@@ -30,6 +49,20 @@ class Correlation:
     pearson: float | None
     spearman: float | None
     tokens: int
+    pearson_interval: tuple[float, float] | None = None
+    spearman_interval: tuple[float, float] | None = None
+
+    @property
+    def direction(self) -> int:
+        """1: similar tokens surely err less, -1: more; 0: one of both intervals holds zero, or is None.
+
+        Both, as a few far-off tokens can turn Pearson's against all others.
+        """
+        sides = {
+            0 if interval is None else int(interval[0] > 0) - int(interval[1] < 0)
+            for interval in (self.pearson_interval, self.spearman_interval)
+        }
+        return ERRORS.get(self.error, 0) * sides.pop() if len(sides) == 1 else 0
 
 
 @dataclass(frozen=True)
@@ -77,11 +110,75 @@ def summarize_errors(sampled: Sequence[Sampled]) -> GateError:
     )
 
 
+def error_of(exit: Exit, name: str) -> float:
+    """An error of ``ERRORS`` as it is correlated."""
+    value = float(getattr(exit if hasattr(exit, name) else exit.error, name))
+    return abs(math.log(max(value, sys.float_info.min))) if name.endswith("_norm") else value
+
+
 def _correlations(depth: int | None, exits: Sequence[Exit]) -> Iterator[Correlation]:
     similarity = [exit.similarity for exit in exits]
-    for name in KEPT:
-        errors = [getattr(exit if hasattr(exit, name) else exit.error, name) for exit in exits]
-        yield Correlation(depth, name, pearson(similarity, errors), spearman(similarity, errors), len(exits))
+    weights = _weights([exit.prompt for exit in exits])
+    for name in ERRORS:
+        errors = [error_of(exit, name) for exit in exits]
+        values = pearson(similarity, errors), spearman(similarity, errors)
+        x, y = np.array(similarity), np.array(errors)
+        intervals: list[tuple[float, float] | None] = [None, None]
+        if weights is not None:
+            drawn, tail = weights
+            intervals = [
+                None if value is None else _interval(_weighted_pearson(drawn, *pair), tail)
+                for value, pair in zip(values, ((x, y), (_ranks(drawn, x), _ranks(drawn, y))), strict=True)
+            ]
+        yield Correlation(depth, name, *values, len(exits), *intervals)
+
+
+def _weights(prompts: Sequence[int], *, seed: int = 0) -> tuple[Floats, float] | None:
+    """How often each exit is in each resample of prompts [resamples, exits], and what lies below an interval of them.
+
+    The tail is that of ``statistics.bootstrap``: expanded for few prompts.
+    """
+    _, which = np.unique(np.asarray(prompts), return_inverse=True)
+    count = int(which.max(initial=-1)) + 1
+    if count < LEAST_PROMPTS:
+        return None
+    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
+    tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * student(count - 1))
+    return drawn[:, which].astype(np.float64), tail
+
+
+def _ranks(weights: Floats, values: Floats) -> Floats:
+    """Mean ranks of values that occur ``weights`` times each, a row a resample."""
+    _, place = np.unique(values, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.flatnonzero(np.diff(place[order], prepend=-1))
+    counts = np.add.reduceat(weights[:, order], starts, axis=1)
+    ranks: Floats = (np.cumsum(counts, axis=1) - (counts - 1) / 2)[:, place]
+    return ranks
+
+
+def _weighted_pearson(weights: Floats, x: Floats, y: Floats) -> Floats:
+    """Pearson's r of each resample; NaN where one of both does not vary in it."""
+    total = weights.sum(1, keepdims=True)
+
+    def centred(values: Floats) -> Floats:
+        values = np.broadcast_to(values, weights.shape)
+        off: Floats = values - (weights * values).sum(1, keepdims=True) / total
+        flat = np.sqrt((weights * off**2).sum(1) / total[:, 0]) <= 1e-12 * np.abs(values).max()
+        return np.where(flat[:, None], np.nan, off)
+
+    a, b = centred(x), centred(y)
+    r: Floats = (weights * a * b).sum(1) / np.sqrt((weights * a * a).sum(1) * (weights * b * b).sum(1))
+    return np.clip(r, -1, 1)
+
+
+def _interval(drawn: Floats, tail: float) -> tuple[float, float] | None:
+    """Without resamples that have no correlation; None where those are most."""
+    known = drawn[np.isfinite(drawn)]
+    if 2 * len(known) < len(drawn):
+        return None
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _layer(layer: int, values: Sequence[float]) -> LayerSimilarity:

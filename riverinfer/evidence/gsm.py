@@ -5,17 +5,16 @@ GSM8K: arXiv 2110.14168. MATH: arXiv 2103.03874. Neither comes with riverinfer.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.benchmark import Benchmark, Item
 from riverinfer.evidence.final_answer import final_answer, same_answer
 from riverinfer.evidence.paper_figures import SHOTS
+from riverinfer.evidence.prompts import parse_line, read_lines
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator, which no answer needs
 
@@ -64,21 +63,9 @@ def read_problems(name: str, path: Path) -> list[Problem]:
     Raises InvalidRequestError naming file and line.
     """
     form = _FORMS[name]
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, RuntimeError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise InvalidRequestError(f"cannot be read ({reason})", file=path, remedy="give a JSONL file") from exc
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields: Any = json.loads(line)
-        except ValueError as exc:
-            raise InvalidRequestError(
-                f"line {number} is not JSON ({exc})", file=path, remedy="one object a line"
-            ) from exc
+    for number, line in read_lines(path):
+        fields = parse_line(path, number, line)
         question, solution, given = (
             fields.get(key) if isinstance(fields, dict) else None for key in (form.question, form.solution, "answer")
         )

@@ -13,6 +13,7 @@ zero needs hardly more than it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 
@@ -49,13 +50,16 @@ def betting_p_value(losses: ArrayLike, epsilon: float, delta: float) -> NDArray[
     return np.exp(-np.maximum(capital.max(-1), 0.0))
 
 
-def drawn_order(count: int, text_hash: str) -> NDArray[np.int64]:
-    """A permutation of ``count`` losses that depends on ``text_hash``, hexadecimal, alone: int64 [count].
+def drawn_order(texts: Iterable[str]) -> tuple[list[str], str]:
+    """The different texts in an order drawn by a hash of their set, and that: sha256, sorted, each with a newline.
 
-    ``betting_p_value`` wants draws in no order of their own. The same prompts are always tested in the same order, so
-    that nobody can draw until one passes.
+    ``betting_p_value`` wants draws in no order of their own. The same prompts are always tested in the same order,
+    however they were listed, so that nobody can shuffle a file until one order passes.
     """
-    return np.random.default_rng(int(text_hash, 16)).permutation(count)
+    ordered = sorted(set(texts))
+    text_hash = hashlib.sha256("".join(f"{text}\n" for text in ordered).encode()).hexdigest()
+    drawn = np.random.default_rng(int(text_hash, 16)).permutation(len(ordered))
+    return [ordered[index] for index in drawn], text_hash
 
 
 def fixed_sequence(p_values: Iterable[float], delta: float) -> int | None:

@@ -23,7 +23,8 @@ from riverinfer.engine import Engine
 from riverinfer.engine_loading import DEFAULT_CTX_SIZE
 from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.scoring import Scorer
-from riverinfer.river import RiverOptions
+from riverinfer.modes import check_mode
+from riverinfer.river_loading import RiverRequest
 from riverinfer.sampling import SamplingParams
 
 SCORINGS = ("prefill", "decode")
@@ -37,8 +38,10 @@ class RiverinferLM(TemplateLM):
     """A model folder behind lm-eval's interface, one request at a time.
 
     pretrained or model_dir: the folder. mode: "lossless", "exact" or "river", of ``generate_until`` and of scoring.
-    tau, gate: river mode, see ``RiverOptions``; depth: every token leaves after so many backbone layers, in place of
-    both. river_bits, river_group, dtype, device, ctx_size, threads: as for ``Engine.load``.
+    tau, gate, min_depth, max_depth, repair: river mode, see ``RiverOptions``; tau "auto" as for ``Engine.load``. depth:
+    every token leaves after so many backbone layers, in place of all of them but repair, which is of answers and not of
+    scoring. river_head: not in exact mode. river_bits, river_group, river_method, dtype, device, ctx_size, threads: as
+    for ``Engine.load``.
     scoring: "prefill" takes log-likelihoods from batched backbone passes, whatever the mode; "decode" from decode
     steps, which in river mode go through the gate and in the others through the backbone, as what lossless mode says
     is what exact mode says. Default: "decode" in river mode, else "prefill". A context is exact but for its last token.
@@ -55,11 +58,16 @@ class RiverinferLM(TemplateLM):
         model_dir: str | Path | None = None,
         mode: str = "lossless",
         scoring: str | None = None,
-        tau: float | None = None,
+        tau: float | str | None = None,
         gate: str | None = None,
         depth: int | None = None,
+        min_depth: int | None = None,
+        max_depth: int | None = None,
+        repair: int | None = None,
         river_bits: int | None = None,
         river_group: int | None = None,
+        river_method: str = "hqq",
+        river_head: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         ctx_size: int = DEFAULT_CTX_SIZE,
@@ -73,7 +81,10 @@ class RiverinferLM(TemplateLM):
         scoring = scoring or ("decode" if mode == "river" else "prefill")
         if scoring not in SCORINGS:
             raise InvalidRequestError(f"is {scoring!r}", field="scoring", remedy=f"use {', '.join(SCORINGS)}")
-        options = _river_options(mode, tau, gate, depth)
+        check_mode(mode)
+        options = _river_options(mode, tau, gate, depth, min_depth, max_depth, repair)
+        if river_head is not None and mode == "exact":
+            raise InvalidRequestError("has no effect in exact mode", field="river_head", remedy="add mode=river")
         self.engine = Engine.load(
             str(pretrained or model_dir),
             mode=mode,
@@ -84,11 +95,12 @@ class RiverinferLM(TemplateLM):
             threads=threads,
             river_bits=river_bits,
             river_group=river_group,
-            tau=options.tau,
-            gate=options.gate,
-            min_depth=options.min_depth,
+            river_method=river_method,
+            river_head=RiverRequest.head if river_head is None else river_head,
+            **options,
         )
-        river = self.engine.choose_mode(None, None)[1] if mode == "river" else None
+        # Exact mode where tau is "auto" and none is certified.
+        river = self.engine.choose_mode(None, None)[1] if self.engine.mode == "river" else None
         self.scorer = Scorer(
             self.engine, decode=scoring == "decode", make_gate=lambda: None if river is None else river.make_gate()
         )
@@ -236,16 +248,23 @@ def _device(given: str | None) -> str:
     return "auto" if given is None or (given == "cuda:0" and not torch.cuda.is_available()) else given
 
 
-def _river_options(mode: str, tau: float | None, gate: str | None, depth: int | None) -> RiverOptions:
-    for name, value in (("tau", tau), ("gate", gate), ("depth", depth)):
-        if value is None:
-            continue
+def _river_options(
+    mode: str,
+    tau: float | str | None,
+    gate: str | None,
+    depth: int | None,
+    min_depth: int | None,
+    max_depth: int | None,
+    repair: int | None,
+) -> dict[str, Any]:
+    """What ``Engine.load`` is given. Raises InvalidRequestError for what would have no effect."""
+    of_gate = {"tau": tau, "gate": gate, "min_depth": min_depth, "max_depth": max_depth}
+    given = {name: value for name, value in {**of_gate, "depth": depth, "repair": repair}.items() if value is not None}
+    for name in given:
         if mode != "river":
             raise InvalidRequestError(f"has no effect in {mode} mode", field=name, remedy="add mode=river")
-        if depth is not None and name != "depth":
+        if depth is not None and name in of_gate:
             raise InvalidRequestError("does not go with depth", field=name, remedy="give one of them")
-    if depth == 0:
-        return RiverOptions(gate="always")
-    if depth is not None:
-        return RiverOptions(gate="fixed", min_depth=depth)
-    return RiverOptions(tau=0.5 if tau is None else tau, gate=gate or "similarity")
+    if given.pop("depth", None) is not None:
+        given |= {"gate": "fixed", "min_depth": depth} if depth else {"gate": "always"}
+    return given

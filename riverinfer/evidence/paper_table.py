@@ -23,7 +23,8 @@ def table(model: str, measured: Sequence[Measured], settings: Settings) -> str:
     parts.append(
         "accuracy: Wilson's interval. p: McNemar's exact test against exact, on the same questions. speedup: over\n"
         "exact, geometric mean over questions and its bootstrap interval; prompts not counted. depth: backbone layers\n"
-        f"a token. Paper: accuracy, and speedup over its own backbone ({SOURCE})."
+        f"a token. Paper: accuracy, and speedup over its own backbone ({SOURCE};\n"
+        "its figures are second-hand readings, not checked against the paper itself)."
     )
     return "\n\n".join(parts)
 

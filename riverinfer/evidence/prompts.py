@@ -1,4 +1,4 @@
-"""The prompts of an audit or a calibration: the user's file, or a built-in sample."""
+"""The prompts of an audit or a calibration: the user's file, or a built-in sample. Reads JSONL for others too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from riverinfer.chat_template import load_templates
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
@@ -43,14 +43,7 @@ def read_prompts(path: Path | None) -> list[str]:
     """
     if path is None:
         return list(SAMPLE)
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as exc:
-        raise InvalidRequestError("is not UTF-8 text", file=path, remedy="give a text or JSONL file") from exc
-    except (OSError, RuntimeError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise InvalidRequestError(f"cannot be read ({reason})", file=path, remedy="check the path") from exc
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = read_lines(path)
     if not numbered:
         raise InvalidRequestError("has no prompts", file=path, remedy="put a prompt on each line")
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
@@ -58,11 +51,35 @@ def read_prompts(path: Path | None) -> list[str]:
     return [_prompt(path, number, line) for number, line in numbered]
 
 
-def _prompt(path: Path, number: int, line: str) -> str:
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not blank, numbered from 1, without blanks around them.
+
+    A line ends at a newline only: JSON strings may hold U+2028 and what else Unicode ends lines with.
+    Raises InvalidRequestError naming the file.
+    """
     try:
-        value = json.loads(line)
+        lines = path.expanduser().read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as exc:
+        raise InvalidRequestError("is not UTF-8 text", file=path, remedy="give a text or JSONL file") from exc
+    except (OSError, RuntimeError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise InvalidRequestError(f"cannot be read ({reason})", file=path, remedy="check the path") from exc
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def parse_line(path: Path, number: int, line: str) -> Any:
+    """A line's JSON value. Raises InvalidRequestError naming file and line."""
+    try:
+        return json.loads(line)
+    except RecursionError as exc:
+        problem = f"line {number} is nested too deeply"
+        raise InvalidRequestError(problem, file=path, remedy="one object a line") from exc
     except ValueError as exc:
         raise InvalidRequestError(f"line {number} is not JSON ({exc})", file=path, remedy="one object a line") from exc
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    value = parse_line(path, number, line)
     if isinstance(value, dict):
         value = next((value[key] for key in _KEYS if key in value), None)
     if not isinstance(value, str) or not value.strip():
@@ -92,13 +109,26 @@ def require_room(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], t
             )
 
 
+def _checked(engine: Engine, text: str, ids: list[int]) -> list[int]:
+    """As ``engine.check_ids``, but one that is too long is named."""
+    if len(ids) > engine.ctx_size:
+        raise ContextLengthError(
+            f"the prompt that begins {text[:40]!r} has {len(ids)} tokens, more than the context ({engine.ctx_size})",
+            remedy="leave it out, or raise --ctx-size (ctx_size)",
+        )
+    return engine.check_ids(ids)
+
+
 def prompt_ids(engine: Engine, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Each prompt with its ids: one user message under the model's chat template, or bare text without one."""
+    """Each prompt with its ids: one user message under the model's chat template, or bare text without one.
+
+    Raises ContextLengthError naming the first that is too long by itself, and what ``Engine.encode_prompt`` raises.
+    """
     if not load_templates(engine.model_dir):
-        return [(text, engine.encode_prompt(text)) for text in texts]
+        return [(text, _checked(engine, text, engine.tokenizer.encode(text) if text else [])) for text in texts]
     session = engine.session()
     found = []
     for text in texts:
         shown = session.prompt_text([{"role": "user", "content": text}])
-        found.append((text, engine.check_ids(engine.tokenizer.encode(shown, add_special_tokens=False))))
+        found.append((text, _checked(engine, text, engine.tokenizer.encode(shown, add_special_tokens=False))))
     return found

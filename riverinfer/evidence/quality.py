@@ -6,6 +6,7 @@ this text, which exact itself finds likelier than any other text finds it; a tex
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -125,11 +126,13 @@ def exact_again(judge: Judge) -> tuple[Scored, Scored, float]:
     engine.slots.acquire(sequence)
     try:
         engine.extend(sequence, text.prompt)
+        began = time.perf_counter()
         rows = engine.extend(sequence, text.answer[:-1], all_logits=True)
+        seconds = time.perf_counter() - began
     finally:
         engine.slots.release(sequence, keep=False)
     exact = judge.exact
-    batched = score(exact.logits, rows, text.answer[1:], exact.depths, exact.seconds)
+    batched = score(exact.logits, rows, text.answer[1:], exact.depths, seconds)
     return judge.walk(None), batched, float((rows - exact.logits).abs().max())
 
 

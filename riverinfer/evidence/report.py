@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 from riverinfer.evidence import report_curves as curves
+from riverinfer.evidence import report_errors as caused
 from riverinfer.evidence import report_figures as drawings
 from riverinfer.evidence.audit import Audit
 from riverinfer.evidence.findings import shown
@@ -29,8 +30,11 @@ def report_html(audit: Audit) -> str:
     figures = {
         "by_prompt": drawings.by_prompt(audit),
         "similarity": drawings.similarity(audit),
-        "scatter": drawings.scatter(errors),
-        "correlations": drawings.correlations(errors),
+        "scatter": caused.scatter(errors, "v_cosine"),
+        "scatter_last": caused.scatter(errors, "last_v_cosine"),
+        "correlations": caused.correlations(errors),
+        "correlation_map": caused.correlation_map(errors),
+        "layer_errors": caused.layer_errors(errors),
         "controls": drawings.controls("controls", audit.comparisons),
         "candidates": drawings.controls(
             "candidates", [each.comparison for each in better.candidates] if better else []
@@ -53,7 +57,10 @@ def report_html(audit: Audit) -> str:
         subtitle=_subtitle(audit),
         figures={name: Markup(drawn) for name, drawn in figures.items()},
         quality=_quality(audit),
-        pooled=drawings.correlation(errors, None, "last_v_cosine"),
+        pooled=caused.correlation(errors, None, "last_v_cosine"),
+        correlation_rows=caused.correlation_rows(errors),
+        error_heads=list(caused.NAMES.values()),
+        error_rows=caused.error_rows(errors),
         idle=[each.name for each in audit.comparisons if not each.chooses],
         points=_points(audit),
         facts=_facts(audit),

@@ -10,7 +10,7 @@ from riverinfer.evidence.audit import Audit
 from riverinfer.evidence.drift import Drift
 from riverinfer.evidence.report_figures import GATE, SHUFFLED, STATIC, clean
 from riverinfer.evidence.statistics import Interval
-from riverinfer.evidence.sweep import Point
+from riverinfer.evidence.sweep import OTHERS, Point
 from riverinfer.profiling.figures import FAINT, HALF, INK, OTHER, WIDE, _legend_above, _svg, _whole_numbers
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _paint_points(axes: Axes, points: Sequence[Point]) -> None:
         mine = sorted((p.quality.tokens_per_s, p.quality.kl.mean) for p in points if p.family == name)
         if mine:
             place = others.index(name) if name in others else 0
-            plain = (OTHER, OTHER_MARKERS[place % len(OTHER_MARKERS)], clean(name))
+            plain = (OTHER if name in OTHERS else GATE, OTHER_MARKERS[place % len(OTHER_MARKERS)], clean(name))
             colour, marker, label = FAMILIES.get(name, plain)
             x, y = zip(*mine, strict=True)
             axes.plot(
@@ -119,7 +119,8 @@ def _name_settings(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def drift(found: Drift | None) -> str:
-    """KL by position of the three paths, with bands of the intervals over texts."""
+    """KL of the three paths, and chained less one step, by position: parts that double, at equal distances, so that the
+    rise in the first few tokens is as wide as what follows. Bands are intervals over texts."""
     if found is None or not found.bins:
         return ""
     kinds = {
@@ -129,17 +130,24 @@ def drift(found: Drift | None) -> str:
     }
 
     def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        at = [(part.first + part.end + 1) / 2 for part in found.bins]
+        axes, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
+        at = range(len(found.bins))
         for path, (colour, marker, label) in kinds.items():
             values = [part.kl[path] for part in found.bins]
             _band(axes, at, values, colour, marker, label)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("token of the text")
         axes.set_ylabel("KL, nats a token")
-        _legend_above(axes)
+        _band(below, at, [part.from_cache for part in found.bins], OTHER, "D", "chained less one step")
+        below.axhline(0, color=INK, linewidth=0.8)
+        below.set_xticks(
+            at, [f"{part.first + 1}..{part.end}" if part.end - part.first > 1 else str(part.end) for part in found.bins]
+        )
+        below.set_xlabel("tokens of the text, each step to the right twice as many")
+        below.set_ylabel("KL from the\ncache's errors")
+        for panel in (axes, below):
+            _legend_above(panel)
 
-    return _svg("drift", "KL by position in a long text, one step, chained and repaired", WIDE, 2.9, paint)
+    return _svg("drift", "KL by position in a long text, one step, chained and repaired", WIDE, 4.4, paint)
 
 
 def sawtooth(found: Drift | None) -> str:

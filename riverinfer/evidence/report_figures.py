@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from riverinfer.evidence.audit import Audit
 from riverinfer.evidence.controls import Comparison
-from riverinfer.evidence.gate_error_summary import GateError
 from riverinfer.evidence.quality import Quality
 from riverinfer.evidence.statistics import Interval
 from riverinfer.evidence.sweep import Point
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart with any colour vision, and by their markers without any.
 GATE, STATIC, SHUFFLED = "#009e73", "#d55e00", "#7b4fa3"
-MOST_EXITS = 250  # of one depth that are drawn
 MOST_DEPTHS = 36  # columns of the heat map
 
 
@@ -85,74 +83,6 @@ def similarity(audit: Audit) -> str:
         _legend_above(axes)
 
     return _svg("similarity", "Similarity of a layer's input and output, by layer", WIDE, 2.9, paint)
-
-
-def scatter(errors: GateError) -> str:
-    """A panel a depth: each token's similarity there against how like exact's its last layer's V is."""
-    depths = sorted({exit.depth for exit in errors.exits})
-    if not depths:
-        return ""
-    columns = min(4, len(depths))
-    rows = math.ceil(len(depths) / columns)
-
-    def paint(figure: Figure) -> None:
-        panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
-        for axes, depth in zip(panels, depths, strict=False):
-            exits = [exit for exit in errors.exits if exit.depth == depth]
-            exits = exits[:: math.ceil(len(exits) / MOST_EXITS)]
-            axes.plot(
-                [exit.similarity for exit in exits],
-                [exit.last_v_cosine for exit in exits],
-                "o",
-                color=GATE,
-                markersize=2.6,
-                alpha=0.6,
-                markeredgewidth=0,
-            )
-            axes.set_title(
-                f"after {depth} layer{'s' if depth > 1 else ''}: r = {correlation(errors, depth, 'last_v_cosine')}"
-            )
-            axes.locator_params(axis="x", nbins=4)
-            axes.grid(color=FAINT, linewidth=0.5)
-        for axes in panels[len(depths) :]:
-            axes.set_axis_off()
-        figure.supxlabel("similarity that the gate sees at the exit", fontsize=9)
-        figure.supylabel("cosine of last-layer V with exact's", fontsize=9)
-
-    label = "Similarity at the exit against cosine of the last layer's V, a panel an exit depth"
-    return _svg("scatter", label, WIDE, 0.5 + 2.1 * rows, paint)
-
-
-def correlations(errors: GateError) -> str:
-    """Pearson's r by exit depth, beside the paper's."""
-    kinds = {"last_v_cosine": (GATE, "o", "with last-layer V cosine (+1 is best)"), "kl": (STATIC, "v", "with KL (-1)")}
-    found = [each for each in errors.correlations if each.depth is not None and each.pearson is not None]
-    if not any(each.error in kinds for each in found):
-        return ""
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for name, (colour, marker, label) in kinds.items():
-            mine = [each for each in found if each.error == name]
-            axes.plot(
-                [each.depth or 0 for each in mine],
-                [each.pearson or 0 for each in mine],
-                marker + "-",
-                color=colour,
-                label=label,
-                linewidth=1,
-                markersize=6,
-            )
-        paper = f"the paper's: {errors.paper_r:g}"
-        axes.axhline(errors.paper_r, color=INK, linestyle="--", linewidth=1, label=paper)
-        axes.axhline(0, color="#888888", linewidth=0.7)
-        axes.set_ylim(-1.02, 1.02)
-        axes.set_ylabel("Pearson's r")
-        axes.set_xlabel("exit after so many layers")
-        _whole_numbers(axes.xaxis, most=16)
-        _legend_above(axes)
-
-    return _svg("correlations", "Correlation of similarity with the error caused, by exit depth", WIDE, 2.7, paint)
 
 
 def controls(name: str, comparisons: Sequence[Comparison]) -> str:
@@ -251,12 +181,6 @@ def sweep(comparisons: Sequence[Comparison], full: Point | None) -> str:
         figure.legend(handles, labels, loc="outside upper left", ncols=4)
 
     return _svg("sweep", "KL and agreement by gate, with its controls", WIDE, 3.2, paint)
-
-
-def correlation(errors: GateError, depth: int | None, name: str) -> str:
-    """Pearson's r of similarity at ``depth`` (None: at all) with an error, as text."""
-    found = next((c.pearson for c in errors.correlations if c.depth == depth and c.error == name), None)
-    return "undefined" if found is None else f"{found:.2f}"
 
 
 def _bar(

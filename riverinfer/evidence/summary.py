@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from riverinfer.evidence.audit import Audit
 from riverinfer.evidence.drift import PATHS, Drift
-from riverinfer.evidence.findings import shown
+from riverinfer.evidence.findings import plain_zero, shown
 from riverinfer.evidence.gate_error_summary import GateError
+from riverinfer.evidence.statistics import TAIL
 
 Rows = list[list[str]]
 
@@ -18,15 +19,20 @@ def terminal(audit: Audit, *, width: int = 100) -> str:
     settings, model = audit.settings, audit.model
     head = (
         f"Audit of {model['name']} ({model['layers']} layers, {model['dtype']}), river {settings['river']},"
-        f" {audit.gate}; {len(audit.prompts)} prompts x {settings['tokens']} tokens, {audit.seconds:.0f} s."
+        f" {audit.gate}; {len(audit.prompts)} prompts x up to {settings['tokens']} tokens, {audit.seconds:.0f} s."
         " In brackets 95 % intervals, bootstrap over prompts."
     )
     blocks = [textwrap.wrap(head, width)]
     blocks.append([line for finding in audit.findings for line in _bullet(finding, width)])
     blocks.append(["Quality against speed, teacher-forced (* on the front)", *_table(_points(audit))])
-    title = "Gates against their controls: KL of the control less the gate's, p of that sign (sign flips, Holm)"
-    blocks.append([title, *_table(_controls(audit))])
-    blocks.append(["Errors that exits cause, by depth (r: Pearson of similarity with it)", *_table(_errors(audit))])
+    title = (
+        "Gates against their controls: KL of the control less the gate's, and how likely luck alone gives that sign (p:"
+        f" sign flips over prompts, one-sided, Holm's correction for the settings that are judged together; {TAIL:g} or"
+        " less is sure, whatever a single interval says)"
+    )
+    blocks.append([*textwrap.wrap(title, width), *_table(_controls(audit))])
+    title = "Errors that exits cause, by depth (r/rho: Pearson and Spearman of similarity; V over the layers after it)"
+    blocks.append([title, *_table(_errors(audit))])
     if audit.drift is not None:
         blocks.append(
             [f"Drift over {audit.drift.tokens} tokens, {audit.drift.texts} texts", *_table(_drift(audit.drift))]
@@ -80,7 +86,10 @@ def _controls(audit: Audit) -> Rows:
                     cell
                     for against in (each.shuffled, each.static)
                     for cell in (
-                        (shown(against.difference), f"{min(against.p_better, against.p_worse):.2g}")
+                        (
+                            shown(against.difference),
+                            f"{min(against.p_better, against.p_worse):.2g}" if against.judged else "too few",
+                        )
                         if each.chooses
                         else ("the same", "")
                     )
@@ -92,21 +101,26 @@ def _controls(audit: Audit) -> Rows:
 
 def _errors(audit: Audit) -> Rows:
     found: GateError = audit.gate_error
-    names = ("k_cosine", "v_cosine", "v_l2", "v_norm")
-    rows = [["depth", "similarity", "KL", *(name.replace("_", " ") for name in names), "r KL", "r last V cosine"]]
+    names, against = ("v_cosine", "v_l2", "v_norm"), {"v_cosine": "V cosine", "last_v_cosine": "last V", "kl": "KL"}
+    heads = ["V cosine", "V L2", "V norm", *(f"{text} r/rho" for text in against.values())]
+    rows = [["depth", "similarity", "KL", *heads]]
     for depth in sorted({exit.depth for exit in found.exits}):
         exits = [exit for exit in found.exits if exit.depth == depth]
-        r = {c.error: c.pearson for c in found.correlations if c.depth == depth}
+        by_error = {c.error: c for c in found.correlations if c.depth == depth}
         rows.append(
             [
                 str(depth),
                 _mean([exit.similarity for exit in exits]),
                 _mean([exit.kl for exit in exits]),
                 *(_mean([getattr(exit.error, name) for exit in exits]) for name in names),
-                *("-" if r[name] is None else f"{r[name]:.2f}" for name in ("kl", "last_v_cosine")),
+                *(f"{_r(by_error[name].pearson)}/{_r(by_error[name].spearman)}" for name in against),
             ]
         )
     return rows
+
+
+def _r(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -118,13 +132,15 @@ def _drift(drift: Drift) -> Rows:
         [
             "tokens",
             *(f"KL {path.replace('_', ' ')}" for path in PATHS),
+            "chained less one step",
             *(f"top-1 % {path.replace('_', ' ')}" for path in PATHS),
         ]
     ]
     parts = (
         [
-            f"{part.first}..{part.end - 1}",
+            str(part.end) if part.end - part.first == 1 else f"{part.first + 1}..{part.end}",
             *(f"{part.kl[path].mean:.4f}" for path in PATHS),
+            shown(plain_zero(part.from_cache)),
             *(f"{part.agreement[path] * 100:.1f}" for path in PATHS),
         ]
         for part in drift.bins

@@ -6,7 +6,6 @@ answer depend on each other, prompts are taken to be independent draws from thos
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -18,7 +17,7 @@ import numpy as np
 from riverinfer.checkpoint import Checkpoint
 from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.certificate import Certificate, Setting, identities
-from riverinfer.evidence.forced import Text, exact_texts, walk_forced
+from riverinfer.evidence.forced import Text, cut_at_end, exact_texts, walk_forced
 from riverinfer.evidence.learn_then_test import betting_p_value, drawn_order, fixed_sequence
 from riverinfer.evidence.prompts import different, prompt_ids, require_room
 from riverinfer.progress import Progress
@@ -56,8 +55,8 @@ def calibrate_tau(
     the end of text, the share at which the river's likeliest token is another. The exact text is walked token by token
     (``walk_forced``), so what left early is read by all later tokens. Settings are tested by ``fixed_sequence``; those
     after the first that is not certified are not walked. All prompts count, a repeated one once: it is no second draw,
-    so what is certified is a mean over different prompts. Their losses are tested in an order drawn by a hash of the
-    prompts: the test looks along a sequence, and a file that is sorted by difficulty is none of draws.
+    so what is certified is a mean over different prompts. Only their set decides in which order they are walked and
+    tested (``drawn_order``): the test looks along a sequence, and a file that is sorted by difficulty is none of draws.
 
     The engine must be in river mode with the similarity gate, exact prompts and the whole backbone; its other options
     are those that the certificate is about. Steps of ``progress``: "Exact answers" and, for each setting, "tau T", in
@@ -78,16 +77,14 @@ def calibrate_tau(
             remedy='load with mode="river", without gate, prefill and backbone_layers',
         )
     known = identities(Checkpoint.open(engine.model_dir), settings)
-    once = different(prompts)
-    texts = _answers(engine, once, horizon, progress)
+    ordered, prompts_hash = drawn_order(different(prompts))
+    texts = _answers(engine, ordered, horizon, progress)
     tested: list[Setting] = []
-    prompts_hash = hashlib.sha256("".join(f"{text}\n" for text in once).encode()).hexdigest()
-    order = drawn_order(len(texts), prompts_hash)
 
     def p_values() -> Iterator[float]:
         for tau in grid:
             losses, depth = _walk(engine, texts, tau, progress)
-            p_value = float(betting_p_value(np.asarray(losses)[order], epsilon, delta))
+            p_value = float(betting_p_value(losses, epsilon, delta))
             tested.append(Setting(float(tau), depth, float(np.mean(losses)), p_value))
             yield p_value
 
@@ -117,12 +114,10 @@ def _answers(engine: Engine, prompts: Sequence[str], horizon: int, progress: Pro
     """Exact mode's answers, each at most ``horizon`` + 1 tokens, its end of text included."""
     encoded = prompt_ids(engine, prompts)
     require_room(engine, encoded, horizon + 1, "lower --horizon (horizon)")
-    ends = {*engine.generation_config.eos_token_ids, engine.tokenizer.eos_token_id}
     texts = []
     for number, prompt_and_ids in enumerate(encoded, 1):
         (text,) = exact_texts(engine, [prompt_and_ids], horizon + 1)
-        end = next((i for i, token in enumerate(text.answer, 1) if token in ends), len(text.answer))
-        texts.append(replace(text, answer=text.answer[:end]))
+        texts.append(cut_at_end(engine, text))
         if progress is not None:
             progress("Exact answers", number, len(encoded), "prompts")
     return texts
