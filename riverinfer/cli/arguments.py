@@ -274,7 +274,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
 def _audit(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Time goes with prompts times tokens, and with --drift-texts times --drift-tokens: the demo model's default"
-        " audit takes 18 minutes on two CPU cores, two thirds of it for drift."
+        " audit takes 20 minutes on two CPU cores, two thirds of it for drift."
     )
     _model(parser)
     group = parser.add_argument_group("what is measured")

@@ -70,9 +70,10 @@ class AuditSettings:
 class FreeRunning:
     """River mode on its own, greedily: what it says leads its own text on.
 
-    own_text: teacher-forced quality over the text that *river* said, so that its perplexity_ratio is how much less
-    likely than exact river finds its own words (below 1: likelier). same_tokens: share of tokens that are exact's at
-    their place. likelihood_ratio: exact's perplexity on river's text over exact's perplexity on exact's text.
+    own_text: teacher-forced quality over the text that *river* said, as long as exact's and past its own end, so that
+    its perplexity_ratio is how much less likely than exact river finds its own words (below 1: likelier). same_tokens:
+    share of tokens that are exact's at their place. likelihood_ratio: exact's perplexity on river's text over exact's
+    perplexity on exact's text.
     river, repaired: when texts part from exact's, without repair and with, watched for longer than ``tokens``.
     """
 

@@ -10,13 +10,12 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from riverinfer.evidence.gate_error import Exit, KVError, Sampled, mean_error
-from riverinfer.evidence.statistics import pearson, spearman, student
+from riverinfer.evidence.statistics import expanded_tail, pearson, spearman
 
 PAPER_R = 0.5536  # arXiv 2604.18396
 # What similarity is correlated with, and the sign of a correlation by which similar tokens err less. Of a norm ratio it
@@ -134,17 +133,13 @@ def _correlations(depth: int | None, exits: Sequence[Exit]) -> Iterator[Correlat
 
 
 def _weights(prompts: Sequence[int], *, seed: int = 0) -> tuple[Floats, float] | None:
-    """How often each exit is in each resample of prompts [resamples, exits], and what lies below an interval of them.
-
-    The tail is that of ``statistics.bootstrap``: expanded for few prompts.
-    """
+    """How often each exit is in each resample of prompts [resamples, exits], and an interval's tail."""
     _, which = np.unique(np.asarray(prompts), return_inverse=True)
     count = int(which.max(initial=-1)) + 1
     if count < LEAST_PROMPTS:
         return None
     drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
-    tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * student(count - 1))
-    return drawn[:, which].astype(np.float64), tail
+    return drawn[:, which].astype(np.float64), expanded_tail(count)
 
 
 def _ranks(weights: Floats, values: Floats) -> Floats:

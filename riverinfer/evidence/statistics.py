@@ -40,20 +40,28 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """The expanded percentile bootstrap of a mean (Hesterberg, The American Statistician 69, 2015, section 3.2.4).
+    """The expanded percentile bootstrap of a mean: percentiles as far out as ``expanded_tail`` says.
 
-    values: one a prompt. Percentiles are taken as far out as makes the interval of normal values Student's: plain ones
-    are too narrow by sqrt((n - 1) / n) z / t, a third for 5 values. Of skewed values it still covers too seldom, above
-    all in the long tail. Raises ValueError for none.
+    values: one a prompt. Of skewed values it still covers too seldom, above all in the long tail. Raises ValueError for
+    none.
     """
     if not values:
         raise ValueError("no values")
     x = np.asarray(values, dtype=np.float64)
     count = len(x)
     drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
-    tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * student(count - 1)) if count > 1 else TAIL
+    tail = expanded_tail(count)
     low, high = np.quantile(x[drawn].mean(1), [tail, 1 - tail])
     return Interval(float(x.mean()), float(low), float(high))
+
+
+def expanded_tail(count: int) -> float:
+    """What a bootstrap of ``count`` values must leave on each side to be ``LEVEL`` wide.
+
+    With it the interval of normal values is Student's; plain percentiles are too narrow by sqrt((n - 1) / n) z / t, a
+    third for 5 values. Hesterberg, The American Statistician 69, 2015, section 3.2.4.
+    """
+    return NormalDist().cdf(-math.sqrt(count / (count - 1)) * student(count - 1)) if count > 1 else TAIL
 
 
 def student(freedom: int) -> float:
