@@ -112,7 +112,7 @@ class Comparison:
         if not self.chooses:
             return f"{self.name} (mean depth {self.gate.mean_depth:.1f}) chooses nothing: all tokens leave alike"
         parts = self._against(self.shuffled, "shuffled depths"), self._against(self.static, "a static prefix")
-        spread = self.static.beats > self.shuffled.beats
+        spread = self.static.beats and not (self.shuffled.beats or self.shuffled.loses)
         return f"{self.name} (mean depth {self.gate.mean_depth:.1f}) {parts[0]}, and {parts[1]}" + (
             ", but is not told from its own depths at random" if spread else ""
         )
