@@ -90,7 +90,7 @@ def test_it_is_whole(audit: Audit) -> None:
 def test_json_and_back(audit: Audit, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(audit.as_json())
-    assert json.loads(path.read_text())["schema"] == SCHEMA == "riverinfer.audit/1"
+    assert json.loads(path.read_text())["schema"] == SCHEMA == "riverinfer.audit/2"
     again = load_audit(path)
     assert again.as_json() == audit.as_json()
     assert replace(again, settings={}) == replace(audit, settings={})

@@ -255,10 +255,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-depth", type=int, default=1, metavar="N", help="backbone layers for every token")
     group.add_argument("--max-depth", type=int, metavar="N", help="every token exits here at the latest")
     group.add_argument("--repair", type=int, default=0, metavar="R", help="rewrite K and V exactly every R tokens")
-    group.add_argument("--river-bits", type=int, choices=(4, 8), help="bits a weight (default: 4)")
-    group.add_argument("--river-group", type=int, metavar="G", help="weights a scale (default: 64)")
-    group.add_argument("--river-method", choices=("hqq", "awq", "rtn"), default="hqq", help="quantizer (default: hqq)")
-    group.add_argument("--river-head", choices=("quantized", "exact"), default="quantized", help="default: quantized")
+    _loaded_copy(group, "4")
     # What else an engine is loaded with: exact prompts, the similarity gate, all layers.
     parser.set_defaults(
         mode="river",
@@ -302,7 +299,7 @@ def _audit(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-gates", action="store_true", help="do not fit and judge other gates")
     group.add_argument("-s", "--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default: 0)")
     out = parser.add_argument_group("output", "Existing files are replaced.")
-    out.add_argument("--json", action="store_true", help="print the audit as JSON (schema riverinfer.audit/1)")
+    out.add_argument("--json", action="store_true", help="print the audit as JSON (schema riverinfer.audit/2)")
     out.add_argument("--save", type=Path, metavar="FILE.json", help="write the JSON beside what is printed")
     out.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with pictures (riverinfer[plots])")
     _runtime(parser, mode=False)

@@ -1,6 +1,6 @@
 """What an audit found, as data alone, and its JSON form.
 
-``riverinfer.audit/1`` is the tree of dataclasses below, field by field: objects by name, tuples as lists, null for what
+``riverinfer.audit/2`` is the tree of dataclasses below, field by field: objects by name, tuples as lists, null for what
 is undefined. Under one version fields may be added, none changes its meaning. KL is in nats a token, shares are 0 to 1,
 depths count backbone layers, seconds and tokens/s are of this machine. Properties (verdicts) are not in it; the
 sentences in ``findings`` are.
@@ -24,7 +24,7 @@ from riverinfer.evidence.sweep import Point
 from riverinfer.json_tree import load_tree, to_tree
 from riverinfer.sampling import check_integer
 
-SCHEMA = "riverinfer.audit/1"
+SCHEMA = "riverinfer.audit/2"
 DRIFT_TOKENS = 2048
 
 

@@ -26,7 +26,7 @@ def terminal(audit: Audit, *, width: int = 100) -> str:
     blocks.append([line for finding in audit.findings for line in _bullet(finding, width)])
     blocks.append(["Quality against speed, teacher-forced (* on the front)", *_table(_points(audit))])
     title = (
-        "Gates against their controls: KL of the control less the gate's, and how likely luck alone gives that sign (p:"
+        "Gates against their controls: KL of the control less the gate's, and how likely luck alone gives as much (p:"
         f" sign flips over prompts, one-sided, Holm's correction for the settings that are judged together; {TAIL:g} or"
         " less is sure, whatever a single interval says)"
     )
