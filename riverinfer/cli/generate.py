@@ -115,9 +115,9 @@ def format_stats(output: Output) -> str:
     """The line after an answer: prompt (cached), time to first token, tokens and rate, what was drafted or repaired."""
     stats = output.stats
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
-    parts = [f"prompt {stats.prompt_tokens} tokens{cached}", f"first token {stats.ttft_s * 1000:.0f} ms"]
+    parts = [f"prompt {_tokens(stats.prompt_tokens)}{cached}", f"first token {stats.ttft_s * 1000:.0f} ms"]
     rate = f" at {stats.decode_tokens_per_s:.1f} tokens/s" if stats.decode_tokens_per_s else ""
-    parts.append(f"{stats.new_tokens} tokens{rate}")
+    parts.append(f"{_tokens(stats.new_tokens)}{rate}")
     if stats.mean_exit_depth is not None:
         parts.append(f"mean exit depth {stats.mean_exit_depth:.1f}")
     if stats.repaired:
@@ -127,6 +127,10 @@ def format_stats(output: Output) -> str:
         shares = (f"{drafts.accepted[source]} of {drafted} {source}" for source, drafted in drafts.drafted.items())
         parts.append(f"drafts {', '.join(shares)}")
     return " · ".join(parts)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def format_drafts(drafts: DraftStats) -> str:
