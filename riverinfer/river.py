@@ -24,6 +24,8 @@ GATES = ("similarity", "fixed", "never", "always")
 PREFILLS = ("exact", "last", "min", "fixed")
 SCOPES = ("sequence", "batch")
 HEADS = ("quantized", "exact")
+# What a gate does not read. Prompts at a fixed depth read the depths all the same.
+UNREAD = {"fixed": ("tau", "max_depth"), "never": ("tau", "min_depth"), "always": ("tau", "min_depth", "max_depth")}
 
 
 @dataclass(frozen=True)

@@ -613,6 +613,7 @@ def test_lm_eval_arguments(adapter: Any) -> None:
         ({"pretrained": MODEL, "mode": "river", "min_depth": 2, "depth": 2}, "min_depth: does not go with depth"),
         ({"pretrained": MODEL, "mode": "river", "max_depth": 2, "depth": 0}, "max_depth: does not go with depth"),
         ({"pretrained": MODEL, "mode": "river", "gate": "always", "depth": 0}, "gate: does not go with depth"),
+        ({"pretrained": MODEL, "mode": "river", "tau": 0.9, "gate": "never"}, 'tau: has no effect with gate "never"'),
         ({"pretrained": MODEL, "mode": "river", "tau": "some"}, "tau: is 'some'; give a number, or \"auto\""),
         ({"pretrained": MODEL, "mode": "river", "river_head": "none"}, "river_head: is 'none'"),
         ({"pretrained": MODEL, "mode": "rivers", "tau": 0.5}, "mode: unknown mode 'rivers'"),

@@ -341,17 +341,19 @@ def test_flags_reach_the_engine(command: str, monkeypatch: pytest.MonkeyPatch) -
         raise InvalidRequestError("that is enough")
 
     monkeypatch.setattr(Engine, "load", capture)
-    words = "--tau 0.7 --min-depth 2 --max-depth 4 --gate fixed --prefill fixed --prefill-depth 3 --backbone-layers 4"
+    words = "--tau 0.7 --min-depth 2 --max-depth 4 --prefill fixed --prefill-depth 3 --backbone-layers 4"
     assert main([command, MODEL, *FLAGS, *words.split(), "--river-bits", "8", "--river-method", "awq"]) == 2
     assert {name: seen[name] for name in ("tau", "min_depth", "max_depth", "gate", "prefill", "prefill_depth")} == {
         "tau": 0.7,
         "min_depth": 2,
         "max_depth": 4,
-        "gate": "fixed",
+        "gate": "similarity",
         "prefill": "fixed",
         "prefill_depth": 3,
     }
     assert [seen[name] for name in ("backbone_layers", "river_bits", "river_method")] == [4, 8, "awq"]
+    assert main([command, MODEL, *FLAGS, "--gate", "fixed"]) == 2
+    assert seen["gate"] == "fixed"
 
 
 @pytest.mark.parametrize(
@@ -390,6 +392,12 @@ def test_the_method_of_the_copy_is_a_flag(cache: Path, capsys: pytest.CaptureFix
             ["--prefill-depth", "2"],
             'prefill_depth: has no effect with prefill "exact"; give prefill="fixed" (--prefill fixed) too,'
             " or leave it out",
+        ),
+        (["--gate", "never", "--tau", "0.9"], "--tau has no effect with --gate never; leave one of them out"),
+        (["--gate", "fixed", "--max-depth", "3"], "--max-depth has no effect with --gate fixed; leave one of them out"),
+        (
+            ["--gate", "always", "--max-depth", "3", "--prefill", "fixed", "--tau", "0.6"],
+            "--tau has no effect with --gate always; leave one of them out",
         ),
         (["--backbone-layers", "6"], "backbone_layers: is 6; give an integer of at least 0 and at most 5"),
         (["--backbone-layers", "-2"], "backbone_layers: is -2; give an integer of at least 0 and at most 5"),

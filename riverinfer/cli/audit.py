@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from riverinfer.cli.output_file import output_path, write_whole
-from riverinfer.cli.setup import load_engine, use_huge_pages
+from riverinfer.cli.setup import load_engine, refuse_idle_gate_flags, use_huge_pages
 from riverinfer.errors import InvalidRequestError
 from riverinfer.progress import ConsoleProgress
 
@@ -54,11 +54,7 @@ def _refuse(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} has no effect here: prompts are exact, the backbone whole",
                 remedy="leave it out",
             )
-
-    from riverinfer.river import RiverOptions
-
-    if args.gate != "similarity" and args.tau != RiverOptions.tau:
-        raise InvalidRequestError(f"--tau has no effect with --gate {args.gate}", remedy="leave one of them out")
+    refuse_idle_gate_flags(args)
 
 
 def _settings(args: argparse.Namespace) -> AuditSettings:

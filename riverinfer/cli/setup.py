@@ -73,6 +73,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
     sampling_params(args, {})
     _refuse_idle_flags(args)
+    refuse_idle_gate_flags(args)
     tau = RiverOptions.tau if args.tau == "auto" else args.tau
     RiverOptions(tau, args.min_depth, args.max_depth, args.gate, args.prefill, args.prefill_depth, repair=args.repair)
     RiverRequest(args.river_bits, args.river_group, args.river_method, args.river_head, args.draft)
@@ -103,6 +104,17 @@ def _refuse_idle_flags(args: argparse.Namespace) -> None:
             raise InvalidRequestError(f"{flag} has no effect in {args.mode} mode", remedy="add --mode river")
     if getattr(args, "show_depth", False):
         raise InvalidRequestError("only river mode has exit depths", remedy="add --mode river")
+
+
+def refuse_idle_gate_flags(args: argparse.Namespace) -> None:
+    """Flags that the chosen gate does not read."""
+    from riverinfer.river import UNREAD
+
+    for name in UNREAD.get(args.gate, ()):
+        read_by_prompts = args.prefill == "fixed" and name != "tau"
+        if getattr(args, name) != _RIVER_ONLY[name] and not read_by_prompts:
+            flag = "--" + name.replace("_", "-")
+            raise InvalidRequestError(f"{flag} has no effect with --gate {args.gate}", remedy="leave one of them out")
 
 
 def recommended(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:

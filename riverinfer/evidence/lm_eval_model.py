@@ -24,6 +24,7 @@ from riverinfer.engine_loading import DEFAULT_CTX_SIZE
 from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.scoring import Scorer
 from riverinfer.modes import check_mode
+from riverinfer.river import UNREAD, RiverOptions
 from riverinfer.river_loading import RiverRequest
 from riverinfer.sampling import SamplingParams
 
@@ -265,6 +266,9 @@ def _river_options(
             raise InvalidRequestError(f"has no effect in {mode} mode", field=name, remedy="add mode=river")
         if depth is not None and name in of_gate:
             raise InvalidRequestError("does not go with depth", field=name, remedy="give one of them")
+    for name in UNREAD.get(gate or RiverOptions.gate, ()):
+        if name in given:
+            raise InvalidRequestError(f'has no effect with gate "{gate}"', field=name, remedy="give one of them")
     if given.pop("depth", None) is not None:
         given |= {"gate": "fixed", "min_depth": depth} if depth else {"gate": "always"}
     return given
