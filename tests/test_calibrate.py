@@ -467,6 +467,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path: Path) -> None:
         (b'"a"\n' + b"[" * 100_000, "prompts.jsonl: line 2 is nested too deeply; one object a line"),
         (b"\xff\xfe", "prompts.jsonl: is not UTF-8 text; give a text or JSONL file"),
         (b'"a"\n\n{', "prompts.jsonl: line 3 is not JSON"),
+        (b'"a"\n{"prompt": "b\\ud800"}', "prompts.jsonl: line 2 has half of a surrogate pair, '\\ud800'; remove it,"),
     ],
 )
 def test_prompt_files_that_are_refused_in_a_line(

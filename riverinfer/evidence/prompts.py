@@ -68,9 +68,14 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def parse_line(path: Path, number: int, line: str) -> Any:
-    """A line's JSON value. Raises InvalidRequestError naming file and line."""
+    """A line's JSON value, all of its texts valid Unicode. Raises InvalidRequestError naming file and line."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as exc:
+        problem = f"line {number} has half of a surrogate pair, {exc.object[exc.start]!r}"
+        raise InvalidRequestError(problem, file=path, remedy="remove it, or write both halves") from exc
     except RecursionError as exc:
         problem = f"line {number} is nested too deeply"
         raise InvalidRequestError(problem, file=path, remedy="one object a line") from exc
