@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from riverinfer.evidence.benchmark import Benchmark, ask
 from riverinfer.evidence.paired import Paired, Share, mcnemar, wilson
-from riverinfer.evidence.paper_figures import SOURCE, paper_rows
+from riverinfer.evidence.paper_figures import DOUBT, SOURCE, paper_rows
 from riverinfer.evidence.statistics import Interval, paired
 from riverinfer.progress import Progress
 from riverinfer.river import RiverOptions
@@ -195,7 +195,7 @@ def as_dict(model: str, measured: Sequence[Measured], settings: Settings) -> dic
         "schema": "riverinfer.paper/1",
         "model": model,
         "settings": asdict(settings),
-        "paper": SOURCE,
+        "paper": f"{SOURCE}; {DOUBT}",
         "benchmarks": [
             {
                 "name": each.benchmark.name,

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 SOURCE = "arXiv 2604.18396 v1, one A40, batch 1"
+DOUBT = "second-hand readings, not checked against the paper itself"
 SHOTS = {"GSM8K": 5, "MATH": 4, "HumanEval": 0}
 """Solved examples before each question."""
 

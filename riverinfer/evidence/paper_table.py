@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from riverinfer.evidence.paired import Share
 from riverinfer.evidence.paper import Measured, Row, Settings
-from riverinfer.evidence.paper_figures import SHOTS, SOURCE, PaperRow, paper_rows
+from riverinfer.evidence.paper_figures import DOUBT, SHOTS, SOURCE, PaperRow, paper_rows
 from riverinfer.evidence.statistics import Interval
 
 _HEAD = ("", "accuracy % [95 %]", "p", "speedup [95 %]", "tokens/s", "depth")
@@ -24,7 +24,7 @@ def table(model: str, measured: Sequence[Measured], settings: Settings) -> str:
         "accuracy: Wilson's interval. p: McNemar's exact test against exact, on the same questions. speedup: over\n"
         "exact, geometric mean over questions and its bootstrap interval; prompts not counted. depth: backbone layers\n"
         f"a token. Paper: accuracy, and speedup over its own backbone ({SOURCE};\n"
-        "its figures are second-hand readings, not checked against the paper itself)."
+        f"{DOUBT})."
     )
     return "\n\n".join(parts)
 
