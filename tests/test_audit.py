@@ -18,6 +18,7 @@ from riverinfer import Engine
 from riverinfer.cli import main
 from riverinfer.errors import ContextLengthError, InvalidRequestError, RiverinferWarning
 from riverinfer.evidence.audit import SCHEMA, Audit, AuditSettings, load_audit
+from riverinfer.evidence.audit_prompt import gate_label
 from riverinfer.evidence.audit_run import run_audit
 from riverinfer.evidence.summary import terminal
 from riverinfer.evidence.sweep import OTHERS
@@ -183,6 +184,21 @@ def test_answers_end_where_exacts_do(engine: Engine, monkeypatch: pytest.MonkeyP
         run_audit(engine, asked, settings)
 
 
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        (RiverOptions(gate="fixed"), "fixed, 1 layer"),
+        (RiverOptions(gate="fixed", min_depth=3, max_depth=4), "fixed, 3 layers"),
+        (RiverOptions(gate="never"), "gate never"),
+        (RiverOptions(gate="never", max_depth=4), "fixed, 4 layers"),
+        (RiverOptions(gate="always", max_depth=4), "gate always"),
+        (RiverOptions(tau=[0.5, 0.6], max_depth=4), "similarity, tau by layer, depth 1 to 4"),
+    ],
+)
+def test_a_setting_is_named_by_what_it_does(options: RiverOptions, label: str) -> None:
+    assert gate_label(options) == label
+
+
 def test_depths_are_named_and_swept_with_the_similarity_gate_only(engine: Engine) -> None:
     settings = AuditSettings(tokens=6, taus=(0.9,), samples=1, drift_tokens=0, gates=False)
 
@@ -224,6 +240,8 @@ def test_the_certified_tau_is_audited(
         (["--prefill", "last"], "--prefill has no effect here"),
         (["--backbone-layers", "2"], "--backbone-layers has no effect here"),
         (["--gate", "always", "--tau", "0.9"], "--tau has no effect with --gate always"),
+        (["--gate", "never", "--min-depth", "2"], "--min-depth has no effect with --gate never"),
+        (["--gate", "fixed", "--max-depth", "4"], "--max-depth has no effect with --gate fixed"),
         (["--save", "nowhere/a.json"], "there is no such folder"),
         (["--save", "a.txt"], "cannot tell the format"),
         (["--prompts", "none.txt"], "none.txt: cannot be read"),

@@ -131,6 +131,15 @@ def test_prompts_on_which_nothing_differs_show_nothing() -> None:
     assert (other.shuffled.judged, other.shuffled.p_better) == (True, 1 / 256)
 
 
+def test_what_no_data_could_show_is_not_judged() -> None:
+    """Six prompts can show one setting to be better, and never one of two."""
+    best = [made_trial(0.1, 0.2, 0.2) for _ in range(6)]
+    assert only("it", best).shuffled.beats
+    for found in compare({"one": best, "other": best}, 5):
+        assert (found.shuffled.judged, found.shuffled.p_better, found.shuffled.beats) == (False, 1, False)
+        assert "differs from shuffled depths on 6 of 6 prompts, too few to tell which is better" in found.verdict
+
+
 @pytest.mark.parametrize("prompts", [8, 16])
 def test_gates_that_choose_no_better_are_seldom_said_to(prompts: int) -> None:
     """Five gates on the same prompts, KL as skewed as it is: hardly one audit in forty may praise any of them."""

@@ -16,6 +16,7 @@ from test_audit_report import make_audit
 from riverinfer import Engine
 from riverinfer.errors import NoFreeSlotError
 from riverinfer.evidence import report_curves as curves
+from riverinfer.evidence.controls import GivenDepths
 from riverinfer.evidence.drift import PATHS, DriftWalk, summarize_drift, walk_drift
 from riverinfer.evidence.findings import _drift as drift_findings
 from riverinfer.evidence.findings import findings
@@ -141,10 +142,20 @@ def test_texts_part_where_the_modes_own_texts_do(engine: Engine, depth: int) -> 
             river = engine.generate(ids, params, mode="river", river=replace(how, repair=repair)).token_ids
             pairs = enumerate(zip_longest(exact, river))
             wanted.append(next((at for at, (ours, other) in pairs if ours != other), None))
-        *parted, count = parting(engine, ids, how.make_gate, EVERY, 40)
-        assert parted == wanted
-        assert count == len(exact) if None in wanted else count == max(wanted) + 1
+        found = parting(engine, ids, how.make_gate, EVERY, 40)
+        assert [found.river, found.repaired] == wanted
+        assert found.tokens == len(exact) if None in wanted else found.tokens == max(wanted) + 1
+        # The prompt is exact, and so the first ``EVERY`` tokens are said before one is due.
+        late = (len(exact) if found.repaired is None else found.repaired + 1) > EVERY + 1
+        assert found.first_repair == (EVERY + 1 if late else None)
     assert engine.slots.busy == 0
+
+
+def test_tokens_that_passed_the_backbone_need_no_repair(engine: Engine) -> None:
+    """They leave exact K and V behind, so that the first repair comes as much later."""
+    _, ids = prompts(1)[0]
+    found = parting(engine, ids, lambda: GivenDepths([5] * 3 + [4] * 40), 2, 40)
+    assert found.first_repair == 3 + 2 + 1
 
 
 def test_growth_needs_six_texts() -> None:
@@ -253,18 +264,25 @@ def test_drift_on_the_page() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parted", "words"),
+    ("parted", "unrepaired", "words"),
     [
-        ([3, 8], "no repair could act before they parted, the first comes after 8 tokens"),
-        ([8, 9], "no repair could act before half of them parted, the first comes after 8 tokens"),
-        ([9, 9], "half have parted after 10 tokens"),
-        ([8, 9, None], "half have parted after 10 tokens"),
-        ([9, None, None], "more than half never part"),
+        ([3, 8], 2, "no repair came before they parted, one is made every 8 tokens"),
+        ([8, 9], 1, "no repair came before half of them parted, one is made every 8 tokens"),
+        ([9, 9], 0, "half have parted after 10 tokens"),
+        ([8, 9, None], 1, "half have parted after 10 tokens"),
+        ([9, None, None], 0, "more than half never part"),
     ],
 )
-def test_what_no_repair_could_change_is_not_counted_for_it(parted: list[int | None], words: str) -> None:
+def test_what_no_repair_could_change_is_not_counted_for_it(
+    parted: list[int | None], unrepaired: int, words: str
+) -> None:
     audit = make_audit()
-    free = replace(audit.free_running, river=survival([3, 3], 12), repaired=survival(parted, 12))
+    free = replace(
+        audit.free_running,
+        river=survival([3, 3], 12),
+        repaired=survival(parted, 12),
+        parted_unrepaired=unrepaired,
+    )
     found = findings(replace(audit, free_running=free, settings={**audit.settings, "repair": 8})).findings
     (line,) = (line for line in found if line.startswith("Left to itself"))
     assert f"(half have parted after 4 tokens; repaired: {words}), and" in line

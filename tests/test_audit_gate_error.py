@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from golden_models import make_cache
 
 from riverinfer import Engine
 from riverinfer.decode import decode_one, prefill
+from riverinfer.evidence import gate_error_summary
 from riverinfer.evidence.better_gates import (
     CANDIDATES,
     RECENT,
@@ -29,7 +29,7 @@ from riverinfer.evidence.better_gates import (
     judged,
 )
 from riverinfer.evidence.controls import Trial
-from riverinfer.evidence.findings import _correlation
+from riverinfer.evidence.findings import _correlations
 from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.gate_error import (
     Exit,
@@ -42,6 +42,7 @@ from riverinfer.evidence.gate_error_summary import (
     ERRORS,
     PAPER_R,
     Correlation,
+    GateError,
     _ranks,
     _weighted_pearson,
     error_of,
@@ -198,6 +199,21 @@ def test_intervals_are_over_prompts() -> None:
     assert again.spearman_interval == pytest.approx(found.spearman_interval, abs=0.01)
 
 
+def test_resamples_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many exits there are, an array holds about ``CELLS`` values: the same intervals come out."""
+    tokens = forced(10, 3, v_l2=lambda s: s + 0.5 * math.sin(40 * s))
+    whole, sizes = of(tokens), []
+
+    def watched(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        sizes.append(weights.size)
+        return _ranks(weights, values)
+
+    monkeypatch.setattr(gate_error_summary, "CELLS", 5000)
+    monkeypatch.setattr(gate_error_summary, "_ranks", watched)
+    assert of(tokens) == whole
+    assert 2500 < max(sizes) <= 5000
+
+
 def test_a_weighted_resample_is_the_one_written_out() -> None:
     x, y = np.array([1.0, 2, 2, 5, 3]), np.array([3.0, 1, 4, 4, 0])
     weights = np.array([[2.0, 0, 1, 1, 3], [1, 1, 1, 1, 1]])
@@ -226,10 +242,8 @@ def test_pearson_alone_is_not_sure() -> None:
 
 
 def test_the_finding_names_depths_and_directions() -> None:
-    def finding(*correlations: Correlation) -> str:
-        line = _correlation(SimpleNamespace(gate_error=SimpleNamespace(correlations=correlations, paper_r=PAPER_R)))
-        assert line is not None
-        return line
+    def finding(*correlations: Correlation) -> list[str]:
+        return _correlations(GateError((), correlations, (), ()))
 
     def c(depth: int | None, error: str, r: float, rho: float, half: float = 0.1) -> Correlation:
         return Correlation(depth, error, r, rho, 128, (r - half, r + half), (rho - half, rho + half))
@@ -241,19 +255,19 @@ def test_the_finding_names_depths_and_directions() -> None:
         c(20, "v_cosine", -0.5, -0.6),
     ]
     kl = [c(1, "kl", -0.3, -0.35), c(9, "kl", 0.3, 0.35)]
-    line = finding(*v, *kl, c(None, "v_cosine", 0.99, 0.99), c(1, "last_v_cosine", 0.2, 0.1, 0.5))
-    assert (
-        "V over the layers after the exit: the smaller, surely, after 1, 9 layers (r 0.50 to 0.70, rho 0.40 to 0.80)"
-        " and the larger, surely, after 20 layers (r -0.50, rho -0.60), unsure at 1 of 4 depths;"
-    ) in line
-    assert "V in the last layer: sure at none of 1 depths (r 0.20)" in line
-    kl_said = line[line.index("KL: ") :]
-    assert kl_said.startswith(
-        "KL: the smaller, surely, after 1 layer (r -0.30, rho -0.35) and the larger, surely, after 9 layers (r 0.30"
-    )
-    assert "0.99" not in line
-    assert "hardly" not in line
-    assert "too few prompts to tell (r 0.70)" in finding(replace(v[0], pearson_interval=None, spearman_interval=None))
+    lines = finding(*v, *kl, c(None, "v_cosine", 0.99, 0.99), c(1, "last_v_cosine", 0.2, 0.1, 0.5))
+    said = "similarity at an exit and its error in"
+    assert lines == [
+        f"{said} V over the layers after it: similar tokens surely err less after 1, 9 layers (r 0.50 to 0.70, rho 0.40"
+        " to 0.80) and more after 20 layers (r -0.50, rho -0.60), unsure at 1 of 4 depths",
+        f"{said} the last layer's V (the paper: r = {PAPER_R} for early layers): sure at none of 1 depths (r 0.20)",
+        f"{said} KL: similar tokens surely err less after 1 layer (r -0.30, rho -0.35) and more after 9 layers (r 0.30,"
+        " rho 0.35). Sure, here, is what the intervals of Pearson's r and Spearman's rho both tell from 0, each depth"
+        " by itself",
+    ]
+    (few,) = finding(replace(v[0], pearson_interval=None, spearman_interval=None))
+    assert "too few prompts to tell (r 0.70)" in few
+    assert finding() == []
 
 
 def made(count: int, layers: int = 6) -> list[Example]:
@@ -357,3 +371,11 @@ def test_only_who_beats_shuffled_depths_is_kept() -> None:
     none = judged(fits, {"confidence": bad}, 2, 4, 5)
     assert none.kept == ()
     assert "no candidate gate surely beats shuffled depths" in none.verdict
+    # The plain gate is no candidate: neither does it weigh on them, nor speak for them.
+    assert judged(fits, {"similarity": good, "confidence": good[:6]}, 2, 4, 5).kept == ("confidence",)
+    same = [Trial(walk(0.1), walk(0.1), (walk(0.1),))] * 8
+    few = judged(fits, {"similarity": good, "confidence": same}, 2, 4, 5)
+    assert few.verdict == "the prompts are too few to judge candidate gates by shuffled depths"
+    flat = Scored((0.1,), (True,), (0.0,), (3,), 1.0)
+    idle = judged(fits, {"similarity": good, "confidence": [Trial(flat, flat, (flat,))] * 8}, 2, 4, 5)
+    assert idle.verdict == "no candidate gate chooses: each lets all tokens of a prompt leave alike"

@@ -24,7 +24,7 @@ from riverinfer.evidence.audit import Audit, AuditSettings
 from riverinfer.evidence.audit_prompt import Found, measure_prompt
 from riverinfer.evidence.better_gates import FittedGate, GateFit
 from riverinfer.evidence.controls import Comparison, Trial, compare
-from riverinfer.evidence.forced import Text, exact_texts, walk_forced
+from riverinfer.evidence.forced import Text, exact_texts, now, walk_forced
 from riverinfer.evidence.quality import Judge, Quality, Scored, exact_again, score
 from riverinfer.evidence.summary import terminal
 from riverinfer.evidence.sweep import OTHERS, Point, lossless_text, walk_strategy
@@ -234,6 +234,7 @@ def test_survival_is_that_of_texts_that_were_generated(engine: Engine, audit: Au
     plain, repaired = (tuple(parts(ids, every) for _, ids in prompts(PROMPTS)) for every in (0, SETTINGS.repair))
     assert audit.free_running.river.parted == plain
     assert audit.free_running.repaired.parted == repaired
+    assert audit.free_running.parted_unrepaired == sum(at is not None and at <= SETTINGS.repair for at in repaired)
     assert plain != repaired
     assert max(at or 0 for at in repaired) > SETTINGS.tokens
 
@@ -376,6 +377,16 @@ def test_seeds_and_counts_of_drift(audit: Audit, seen: Seen) -> None:
     assert seen.drift_seeds == [3, 4]
 
 
+def test_the_clock_waits_for_what_a_gpu_has_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
+    monkeypatch.setattr("time.perf_counter", lambda: calls.append("read") or 7.0)
+    assert now(torch.device("cuda", 1)) == 7.0
+    assert calls == [torch.device("cuda", 1), "read"]
+    assert now(torch.device("cpu")) == 7.0
+    assert calls[2:] == ["read"]
+
+
 def unlike_controls() -> tuple[Comparison, ...]:
     """Two gates whose controls differ from each other by far."""
 
@@ -384,7 +395,7 @@ def unlike_controls() -> tuple[Comparison, ...]:
         return Scored(values, (kl < 0.6, prompt < 2 + 3 * kl), (0.0, 0.0), (1, 3), 1.0)
 
     def trials(gate: float, static: float, shuffled: float) -> list[Trial]:
-        return [Trial(walk(gate, i), walk(static, i), (walk(shuffled, 2 * i),)) for i in range(6)]
+        return [Trial(walk(gate, i), walk(static, i), (walk(shuffled, 2 * i),)) for i in range(7)]
 
     return compare({"first": trials(0.1, 0.3, 0.7), "second": trials(0.5, 0.2, 0.9)}, 5)
 

@@ -138,7 +138,7 @@ def make_audit() -> Audit:
             gate="similarity, tau 0.5",
             quality=compared[0].gate,
             floor=floor_of([floor_part] * 2, LAYERS),
-            free_running=FreeRunning(full, 0.5, 1.2, parting, parting),
+            free_running=FreeRunning(full, 0.5, 1.2, parting, parting, 0),
             gate_error=gate_errors(rng),
             comparisons=compared,
             points=mark_front(points),

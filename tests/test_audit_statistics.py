@@ -13,6 +13,7 @@ from riverinfer.evidence.quality import Scored, score, summarize
 from riverinfer.evidence.statistics import (
     Interval,
     bootstrap,
+    can_pass,
     holm,
     least_p,
     paired,
@@ -91,6 +92,17 @@ def test_holm_by_hand() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_what_cannot_pass_beside_the_others_is_left_out() -> None:
+    assert can_pass([]) == []
+    assert can_pass([0.02]) == [True]
+    assert can_pass([0.03]) == [False]
+    assert can_pass([0.02, 0.02]) == [False, False]  # each would have to reach 0.0125
+    assert can_pass([0.01, 0.02]) == [True, False]  # the second could not, and so the first is alone
+    assert can_pass([1 / 128] * 3) == [True] * 3
+    assert can_pass([1 / 128] * 4) == [False] * 4
+    assert can_pass([1e-4, 1e-4, 0.01, 0.02]) == [True, True, False, False]
 
 
 def test_points_of_fewer_prompts_are_not_on_the_front() -> None:

@@ -75,6 +75,7 @@ class FreeRunning:
     share of tokens that are exact's at their place. likelihood_ratio: exact's perplexity on river's text over exact's
     perplexity on exact's text.
     river, repaired: when texts part from exact's, without repair and with, watched for longer than ``tokens``.
+    parted_unrepaired: how many of the latter parted before their first repair.
     """
 
     own_text: Quality
@@ -82,6 +83,7 @@ class FreeRunning:
     likelihood_ratio: float
     river: Survival
     repaired: Survival
+    parted_unrepaired: int
 
 
 @dataclass(frozen=True)

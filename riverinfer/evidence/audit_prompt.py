@@ -13,6 +13,7 @@ from riverinfer.evidence.controls import Trial, run_trial
 from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.gate_error import Sampled, exit_depths, sample_errors
 from riverinfer.evidence.quality import Judge, Scored, exact_again
+from riverinfer.evidence.survival import Parting
 from riverinfer.evidence.sweep import OTHERS, lossless_text, walk_strategy
 from riverinfer.gates import FixedDepth, Gate, always
 from riverinfer.river import RiverOptions
@@ -37,7 +38,7 @@ class Found:
     own: list[Scored] = field(default_factory=list)
     likelihood: list[float] = field(default_factory=list)  # log of exact's perplexity ratio of the two texts
     free: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
-    parted: list[tuple[int | None, int | None, int]] = field(default_factory=list)  # of ``parting``
+    parted: list[Parting] = field(default_factory=list)
     sampled: list[list[Sampled]] = field(default_factory=list)
     confidences: list[list[float]] = field(default_factory=list)
     lossless_same: int = 0
@@ -45,10 +46,11 @@ class Found:
 
 def gate_label(options: RiverOptions) -> str:
     """The audited setting for people."""
-    if options.gate == "fixed":
-        return f"fixed, {options.min_depth} layers"
-    if options.gate != "similarity":
-        return f"gate {options.gate}"
+    gate = options.make_gate()
+    if isinstance(gate, FixedDepth):
+        if options.gate == "never" and options.max_depth is None:
+            return "gate never"
+        return "gate always" if gate.depth == 0 else f"fixed, {gate.depth} layer{'' if gate.depth == 1 else 's'}"
     label = f"similarity, tau {options.tau:g}" if isinstance(options.tau, (int, float)) else "similarity, tau by layer"
     least, most = options.min_depth, options.max_depth
     if (least, most) != (RiverOptions.min_depth, None):

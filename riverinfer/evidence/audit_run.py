@@ -75,13 +75,14 @@ def run_audit(
     comparisons = compare(
         {gate_label(options) if name == AUDITED else name: trials for name, trials in found.trials.items()}, layers
     )
-    watched = max(count for *_, count in found.parted)
+    watched = max(each.tokens for each in found.parted)
     free = FreeRunning(
         own_text=summarize([[walk] for walk in found.own], layers),
         same_tokens=fmean(a == b for pair in found.free for a, b in zip(*pair, strict=True)),
         likelihood_ratio=math.exp(fmean(found.likelihood)),
-        river=survival([river for river, _, _ in found.parted], watched),
-        repaired=survival([repaired for _, repaired, _ in found.parted], watched),
+        river=survival([each.river for each in found.parted], watched),
+        repaired=survival([each.repaired for each in found.parted], watched),
+        parted_unrepaired=sum(each.repaired is not None and each.first_repair is None for each in found.parted),
     )
     audit = Audit(
         environment=_environment(engine),

@@ -31,9 +31,10 @@ FOLDS = 4
 FEWEST = 8  # calibration tokens
 FLOOR = 1e-4  # nats; a smaller KL counts as this one before its logarithm is taken
 FEATURES = ("similarity", "last", "recent")
-# Which features each candidate weighs. The first two predict nothing: they only order by similarity.
+PLAIN = "similarity"  # the gate as it is, no candidate: beside them at the same depth, for comparison
+# Which features each weighs. The first two predict nothing: they only order by similarity.
 CANDIDATES: dict[str, tuple[str, ...]] = {
-    "similarity": ("similarity",),
+    PLAIN: ("similarity",),
     "standardised similarity": ("similarity",),
     "confidence": ("last", "recent"),
     "combination": FEATURES,
@@ -114,13 +115,13 @@ def fit_gate(name: str, tokens: Sequence[Example], depth: float) -> GateFit:
         raise ValueError(f"{len(tokens)} calibration tokens are too few")
     seen = np.array([token.sampled.similarities for token in tokens])  # [N, L]
     layers = seen.shape[1]
-    plain = name == "similarity"
+    plain = name == PLAIN
     mean = np.zeros(layers) if plain else seen.mean(0)
     sd = np.ones(layers) if plain else np.maximum(seen.std(0), 1e-6)
     own = np.array([(token.last, token.recent) for token in tokens])  # [N, 2]
     own_mean = own.mean(0)
     base, weights = np.zeros(layers), np.array([-1.0, 0.0, 0.0])
-    if name not in ("similarity", "standardised similarity"):
+    if name not in (PLAIN, "standardised similarity"):
         base, weights = _least_squares(CANDIDATES[name], tokens, (seen - mean) / sd, own - own_mean)
     predicted = base + weights[0] * (seen - mean) / sd + ((own - own_mean) @ weights[1:])[:, None]
     return GateFit(
@@ -183,8 +184,7 @@ class Candidate:
 class BetterGates:
     """wanted_depth: what all were fitted for. folds: how many parts the prompts were dealt into.
 
-    kept: names of those that beat shuffled depths, judged together; the plain "similarity" is there for comparison, at
-    the same depth, and is never among them.
+    kept: names of those that beat shuffled depths, judged together. ``PLAIN`` is judged by itself and never kept.
     """
 
     wanted_depth: int
@@ -194,7 +194,10 @@ class BetterGates:
 
     @property
     def verdict(self) -> str:
-        if not any(each.comparison.shuffled.judged for each in self.candidates):
+        proposed = [each.comparison for each in self.candidates if each.comparison.name != PLAIN]
+        if not any(each.chooses for each in proposed):
+            return "no candidate gate chooses: each lets all tokens of a prompt leave alike"
+        if not any(each.shuffled.judged for each in proposed):
             return "the prompts are too few to judge candidate gates by shuffled depths"
         if not self.kept:
             return "no candidate gate surely beats shuffled depths on prompts that it was not fitted on"
@@ -205,6 +208,8 @@ def judged(
     fits: Mapping[str, GateFit], trials: Mapping[str, Sequence[Trial]], wanted_depth: int, folds: int, layers: int
 ) -> BetterGates:
     """The outcome over all candidates. ``trials``: of each, one a prompt, by the gate of the prompt's fold."""
-    comparisons = compare(trials, layers)
-    kept = tuple(each.name for each in comparisons if each.name != "similarity" and each.shuffled.beats)
+    plain = {name: tried for name, tried in trials.items() if name == PLAIN}
+    proposed = {name: tried for name, tried in trials.items() if name != PLAIN}
+    comparisons = compare(plain, layers) + compare(proposed, layers)
+    kept = tuple(each.name for each in comparisons if each.name != PLAIN and each.shuffled.beats)
     return BetterGates(wanted_depth, folds, tuple(Candidate(fits[each.name], each) for each in comparisons), kept)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from riverinfer.evidence.quality import Judge, Quality, Scored, summarize
-from riverinfer.evidence.statistics import TAIL, Interval, bootstrap, holm, least_p, sign_flip
+from riverinfer.evidence.statistics import TAIL, Interval, bootstrap, can_pass, holm, least_p, sign_flip
 from riverinfer.gates import FixedDepth, Gate
 
 
@@ -72,8 +72,7 @@ class Against:
     difference: the control's KL less the gate's, in nats a token, paired by prompt: above zero the gate is better.
     differing: prompts on which it is not zero. p_better, p_worse: ``sign_flip`` of the difference and of its opposite,
     adjusted (``holm``) for how many settings are judged together against this control; 1 where ``judged`` is False.
-    judged: whether so many differing prompts can show anything. Whether they can hangs on sizes, not on signs, so what
-    is not judged need not weigh on what is (Tarone, Biometrics 46, 1990).
+    judged: whether so many differing prompts could show anything beside the other settings (``can_pass``).
     """
 
     control: Quality
@@ -159,7 +158,9 @@ def _against(
     }
     differing = {name: sum(x != 0 for x in values) for name, values in differences.items()}
     # A setting that chooses nothing is its own control: it claims nothing, and must not weigh on those that do.
-    judged = [name for name in trials if name in choosing and least_p(differing[name]) <= TAIL]
+    claiming = [name for name in trials if name in choosing]
+    able = can_pass([least_p(differing[name]) for name in claiming])
+    judged = [name for name, can in zip(claiming, able, strict=True) if can]
     better = dict(zip(judged, holm([sign_flip(differences[name]) for name in judged]), strict=True))
     worse = dict(zip(judged, holm([sign_flip([-x for x in differences[name]]) for name in judged]), strict=True))
     return {

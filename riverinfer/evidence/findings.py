@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from riverinfer.evidence.audit import Audit
 from riverinfer.evidence.drift import DRIFT_TEXTS, Drift
-from riverinfer.evidence.gate_error_summary import Correlation
+from riverinfer.evidence.gate_error_summary import Correlation, GateError
 from riverinfer.evidence.quality import Floor
 from riverinfer.evidence.statistics import TAIL, Interval
 
@@ -15,8 +15,7 @@ from riverinfer.evidence.statistics import TAIL, Interval
 def findings(audit: Audit) -> Audit:
     """The same audit with its ``findings``."""
     lines = [_quality(audit), _floor(audit.floor), *(comparison.verdict for comparison in audit.comparisons)]
-    if (line := _correlation(audit)) is not None:
-        lines.append(line)
+    lines += _correlations(audit.gate_error)
     lines.append(_lossless(audit))
     if audit.drift is not None:
         lines += _drift(audit.drift)
@@ -54,37 +53,40 @@ def _floor(floor: Floor) -> str:
     )
 
 
-def _correlation(audit: Audit) -> str | None:
-    """Where similar tokens err less, of what an exit writes right after it, of the last layer and of the outcome."""
-    by_depth = [c for c in audit.gate_error.correlations if c.depth is not None and c.pearson is not None]
-    kinds = {"v_cosine": "V over the layers after the exit", "last_v_cosine": "V in the last layer", "kl": "KL"}
-    parts = [
-        f"{text}: {_where(mine)}" for name, text in kinds.items() if (mine := [c for c in by_depth if c.error == name])
-    ]
-    if not parts:
-        return None
-    return (
-        f"how an exit's error goes with the similarity there (the more similar, ...) - {'; '.join(parts)}; sure is what"
-        " the intervals of Pearson's r and Spearman's rho both tell from 0, each depth by itself; the paper reports"
-        f" r = {audit.gate_error.paper_r} for early layers and V in the last layer"
-    )
+def _correlations(found: GateError) -> list[str]:
+    """Where similar tokens err less: in what an exit writes after it, in the last layer, and in the outcome."""
+    by_depth = [c for c in found.correlations if c.depth is not None and c.pearson is not None]
+    kinds = {
+        "v_cosine": "in V over the layers after it",
+        "last_v_cosine": f"in the last layer's V (the paper: r = {found.paper_r} for early layers)",
+        "kl": "in KL",
+    }
+    parts = [(text, mine) for name, text in kinds.items() if (mine := [c for c in by_depth if c.error == name])]
+    lines = [f"similarity at an exit and its error {text}: {_where(mine)}" for text, mine in parts]
+    if lines:
+        lines[-1] += (
+            ". Sure, here, is what the intervals of Pearson's r and Spearman's rho both tell from 0, each depth by"
+            " itself"
+        )
+    return lines
 
 
 def _where(found: Sequence[Correlation]) -> str:
     """At which depths one error surely falls or rises with similarity."""
     said = []
-    for direction, word in ((1, "the smaller, surely"), (-1, "the larger, surely")):
+    for direction, word in ((1, "less"), (-1, "more")):
         if sure := [c for c in found if c.direction == direction]:
             depths = ", ".join(str(c.depth) for c in sure)
             values = [_range("r", [c.pearson for c in sure]), _range("rho", [c.spearman for c in sure])]
             layers = "layer" if depths == "1" else "layers"
-            said.append(f"{word}, after {depths} {layers} ({', '.join(value for value in values if value)})")
+            said.append(f"{word} after {depths} {layers} ({', '.join(value for value in values if value)})")
     if all(c.pearson_interval is None for c in found):
         return f"too few prompts to tell ({_range('r', [c.pearson for c in found])})"
     if not said:
         return f"sure at none of {len(found)} depths ({_range('r', [c.pearson for c in found])})"
     rest = sum(c.direction == 0 for c in found)
-    return " and ".join(said) + (f", unsure at {rest} of {len(found)} depths" if rest else "")
+    unsure = f", unsure at {rest} of {len(found)} depths" if rest else ""
+    return f"similar tokens surely err {' and '.join(said)}{unsure}"
 
 
 def _range(name: str, values: Sequence[float | None]) -> str:
@@ -140,20 +142,20 @@ def plain_zero(interval: Interval) -> Interval:
 
 
 def _free(audit: Audit) -> str:
-    free, count, repair = audit.free_running, len(audit.prompts), audit.settings["repair"]
+    free, count = audit.free_running, len(audit.prompts)
 
     def said(median: int | None) -> str:
         return "more than half never part" if median is None else f"half have parted after {median} tokens"
 
-    # A repair is first made once ``repair`` tokens are said, so up to there both part alike by construction.
-    early = sum(at is not None and at <= repair for at in free.repaired.parted)
+    # Before their first repair both part alike by construction.
     repaired = said(free.repaired.median)
-    if 2 * early >= len(free.repaired.parted):
-        who = "they" if early == len(free.repaired.parted) else "half of them"
-        repaired = f"no repair could act before {who} parted, the first comes after {repair} tokens"
+    if 2 * free.parted_unrepaired >= len(free.repaired.parted):
+        who = "they" if free.parted_unrepaired == len(free.repaired.parted) else "half of them"
+        repaired = f"no repair came before {who} parted, one is made every {audit.settings['repair']} tokens"
 
     return (
         f"left to itself, {sum(at is not None for at in free.river.parted)} of {count} texts part from exact's before"
-        f" its end ({said(free.river.median)}; repaired: {repaired}), and exact finds river's text,"
-        f" its first {audit.settings['tokens']} tokens, {free.likelihood_ratio:.2f} times as perplexing as its own"
+        f" its end ({said(free.river.median)}; repaired: {repaired}), and exact finds as much"
+        f" of river's text as there is of its own, {audit.settings['tokens']} tokens at most,"
+        f" {free.likelihood_ratio:.2f} times as perplexing as that"
     )

@@ -89,7 +89,7 @@ def walk_forced(
         rows: list[Tensor] = []
         depths: list[int] = []
         seen: list[Tensor] = []
-        began = time.perf_counter()
+        began = now(engine.model.device)
         for token in text.answer[:-1]:
             if repair and len(sequence.tokens) - sequence.exact >= repair:
                 with engine.stepping():
@@ -101,7 +101,7 @@ def walk_forced(
             depths.append(trace.depth)
             if trace.similarities:
                 seen.append(torch.stack([values[-1] for values in trace.similarities]))
-        seconds = time.perf_counter() - began
+        seconds = now(engine.model.device) - began
         span = slice(len(text.prompt), len(sequence.tokens))
         held = [torch.stack((k[:, span], v[:, span])).float().transpose(1, 2) for k, v in sequence._kv] if kv else []
         return Walked(
@@ -113,6 +113,13 @@ def walk_forced(
         )
     finally:
         engine.slots.release(sequence, keep=False)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, after what is queued on ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def divergence(exact: Tensor, other: Tensor) -> Tensor:

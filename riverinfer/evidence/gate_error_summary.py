@@ -32,6 +32,7 @@ ERRORS = {
 }
 LEAST_PROMPTS = 5  # of fewer, resampled correlations are mostly of one or two prompts again: no interval
 RESAMPLES = 1000
+CELLS = 1 << 20  # resamples times exits held at once: 8 MB an array
 Floats = NDArray[np.float64]
 
 
@@ -117,29 +118,38 @@ def error_of(exit: Exit, name: str) -> float:
 
 def _correlations(depth: int | None, exits: Sequence[Exit]) -> Iterator[Correlation]:
     similarity = [exit.similarity for exit in exits]
-    weights = _weights([exit.prompt for exit in exits])
-    for name in ERRORS:
-        errors = [error_of(exit, name) for exit in exits]
-        values = pearson(similarity, errors), spearman(similarity, errors)
-        x, y = np.array(similarity), np.array(errors)
-        intervals: list[tuple[float, float] | None] = [None, None]
-        if weights is not None:
-            drawn, tail = weights
-            intervals = [
-                None if value is None else _interval(_weighted_pearson(drawn, *pair), tail)
-                for value, pair in zip(values, ((x, y), (_ranks(drawn, x), _ranks(drawn, y))), strict=True)
-            ]
-        yield Correlation(depth, name, *values, len(exits), *intervals)
+    errors = {name: [error_of(exit, name) for exit in exits] for name in ERRORS}
+    _, which = np.unique([exit.prompt for exit in exits], return_inverse=True)
+    prompts = int(which.max(initial=-1)) + 1
+    drawn = None
+    if prompts >= LEAST_PROMPTS:
+        drawn = _resampled(which, np.array(similarity), np.array(list(errors.values())))
+    for place, (name, values) in enumerate(errors.items()):
+        found = pearson(similarity, values), spearman(similarity, values)
+        intervals = (
+            None if value is None or drawn is None else _interval(drawn[kind, place], expanded_tail(prompts))
+            for kind, value in enumerate(found)
+        )
+        yield Correlation(depth, name, *found, len(exits), *intervals)
 
 
-def _weights(prompts: Sequence[int], *, seed: int = 0) -> tuple[Floats, float] | None:
-    """How often each exit is in each resample of prompts [resamples, exits], and an interval's tail."""
-    _, which = np.unique(np.asarray(prompts), return_inverse=True)
-    count = int(which.max(initial=-1)) + 1
-    if count < LEAST_PROMPTS:
-        return None
-    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
-    return drawn[:, which].astype(np.float64), expanded_tail(count)
+def _resampled(which: NDArray[np.intp], x: Floats, errors: Floats, *, seed: int = 0) -> Floats:
+    """Pearson's r and Spearman's rho of ``x`` [exits] with each of ``errors`` [E, exits], prompts drawn again.
+
+    which: the prompt of each exit, from 0. Returns [2, E, RESAMPLES].
+    """
+    count = int(which.max()) + 1
+    counts = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
+    found = np.empty((2, len(errors), RESAMPLES))
+    step = max(1, CELLS // len(x))
+    for start in range(0, RESAMPLES, step):
+        part = slice(start, start + step)
+        weights = counts[part][:, which].astype(np.float64)  # how often each exit is drawn [step, exits]
+        ranks = _ranks(weights, x)
+        for place, y in enumerate(errors):
+            found[0, place, part] = _weighted_pearson(weights, x, y)
+            found[1, place, part] = _weighted_pearson(weights, ranks, _ranks(weights, y))
+    return found
 
 
 def _ranks(weights: Floats, values: Floats) -> Floats:

@@ -6,7 +6,6 @@ this text, which exact itself finds likelier than any other text finds it; a tex
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from riverinfer.evidence.forced import Text, Walked, divergence, walk_forced
+from riverinfer.evidence.forced import Text, Walked, divergence, now, walk_forced
 from riverinfer.evidence.statistics import Interval, bootstrap
 from riverinfer.gates import Gate
 from riverinfer.sequence import TokenSequence
@@ -126,9 +125,9 @@ def exact_again(judge: Judge) -> tuple[Scored, Scored, float]:
     engine.slots.acquire(sequence)
     try:
         engine.extend(sequence, text.prompt)
-        began = time.perf_counter()
+        began = now(engine.model.device)
         rows = engine.extend(sequence, text.answer[:-1], all_logits=True)
-        seconds = time.perf_counter() - began
+        seconds = now(engine.model.device) - began
     finally:
         engine.slots.release(sequence, keep=False)
     exact = judge.exact

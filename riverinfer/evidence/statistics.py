@@ -111,6 +111,17 @@ def least_p(count: int) -> float:
     return max(1 / (1 << count), 1 / (FLIPS + 1)) if count < 64 else 1 / (FLIPS + 1)
 
 
+def can_pass(least: Sequence[float], level: float = TAIL) -> list[bool]:
+    """Which of several tests, by the ``least`` p-value that each can have, may still pass ``holm`` among each other.
+
+    With K the smallest k for which at most k tests have a least value of ``level`` / k, these are those of
+    ``level`` / K (Tarone, Biometrics 46, 1990). What is left out could not pass, and need not weigh on the others: the
+    choice hangs on nothing that the p-values say.
+    """
+    number = next(k for k in range(1, len(least) + 2) if sum(p <= level / k for p in least) <= k)
+    return [p <= level / number for p in least]
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """The same p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
 

@@ -36,10 +36,22 @@ class Survival:
     median: int | None
 
 
-def parting(
-    engine: Engine, prompt: Sequence[int], make_gate: Callable[[], Gate], repair: int, limit: int
-) -> tuple[int | None, int | None, int]:
-    """Where river's and repaired river's greedy texts part from exact's, and how many tokens were looked at.
+@dataclass(frozen=True)
+class Parting:
+    """One prompt's: indices of the first other token without repair and with, None if there was none.
+
+    first_repair: index of the first token that a repair was made before; None if the text ended or parted first.
+    tokens: how many were looked at.
+    """
+
+    river: int | None
+    repaired: int | None
+    first_repair: int | None
+    tokens: int
+
+
+def parting(engine: Engine, prompt: Sequence[int], make_gate: Callable[[], Gate], repair: int, limit: int) -> Parting:
+    """Where river's and repaired river's greedy texts part from exact's.
 
     Ends with exact's text, at ``limit`` tokens, or where both have parted. Needs ``SLOTS`` free slots, else
     NoFreeSlotError.
@@ -48,6 +60,7 @@ def parting(
     exact, *others = sequences = [TokenSequence(engine.model, engine.ctx_size) for _ in range(SLOTS)]
     gates = [make_gate() for _ in others]
     parted: list[int | None] = [None for _ in others]
+    first_repair = None
 
     def likeliest(logits: Tensor) -> int:
         return int(logits[0, : engine.tokenizer.vocab_size].argmax())
@@ -65,13 +78,14 @@ def parting(
                 if every and len(others[i].tokens) - others[i].exact >= every:
                     with engine.stepping():
                         others[i].repair(token)
+                    first_repair = first_repair or count
                 if likeliest(engine.extend(others[i], [token], gate=gates[i])) != following:
                     parted[i] = count
             token, count = following, count + 1
     finally:
         for sequence in sequences:
             engine.slots.release(sequence, keep=False)
-    return parted[0], parted[1], count
+    return Parting(parted[0], parted[1], first_repair, count)
 
 
 def survival(parted: Sequence[int | None], tokens: int) -> Survival:

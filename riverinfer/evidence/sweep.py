@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from riverinfer.evidence.forced import Text, Walked
+from riverinfer.evidence.forced import Text, Walked, now
 from riverinfer.evidence.kv_strategies import STRATEGIES, EarlyExit, KVShare
 from riverinfer.evidence.quality import Quality, Scored
 from riverinfer.gates import Gate
@@ -48,13 +47,10 @@ def walk_strategy(engine: Engine, kind: type[EarlyExit], text: Text, gate: Gate)
     with engine.stepping():
         strategy = kind(model, arena.slot(0), gate)
         strategy.prefill(text.prompt)
-        return _timed(strategy, text.answer[:-1])
-
-
-def _timed(strategy: EarlyExit, ids: Sequence[int]) -> Walked:
-    began = time.perf_counter()
-    steps = [strategy.step(token) for token in ids]
-    return Walked(torch.cat([row for row, _ in steps]), [depth for _, depth in steps], time.perf_counter() - began)
+        began = now(model.device)
+        steps = [strategy.step(token) for token in text.answer[:-1]]
+        seconds = now(model.device) - began
+    return Walked(torch.cat([row for row, _ in steps]), [depth for _, depth in steps], seconds)
 
 
 def lossless_text(engine: Engine, text: Text) -> tuple[Scored, bool]:
