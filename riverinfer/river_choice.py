@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
@@ -33,6 +32,7 @@ from riverinfer.model import Model
 from riverinfer.progress import Progress
 from riverinfer.tokenizer import Tokenizer
 from riverinfer.weights_convert.river_artifact import RiverSettings, list_rivers, open_river, river_path
+from riverinfer.whole_file import whole_file
 
 MEASURED_POSITIONS = 256  # what a measurement needs of the rotary tables
 _SAMPLES, _TOKENS, _DRAFT = 3, 24, 8
@@ -262,10 +262,5 @@ def _write(path: Path, digest: str, entry: dict[str, Any]) -> None:
     """Add an entry to a file, as its newest. What was measured for other weights, whose rivers are gone, is dropped."""
     entries = {k: old for k, old in _read(path).items() if k != digest and old["weights"] == entry["weights"]}
     entries = dict([*entries.items(), (digest, entry)][-_ENTRIES:])
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with suppress(OSError), whole_file(path) as aside:  # else it is measured again at the next start
         aside.write_text(json.dumps({"version": _VERSION, "entries": entries}, indent=1) + "\n")
-        aside.replace(path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)  # measured again at the next start

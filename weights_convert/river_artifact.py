@@ -50,6 +50,7 @@ from riverinfer.weights_convert.channel_scales import NORMED, Calibration, Layer
 from riverinfer.weights_convert.output_folder import process_is_running
 from riverinfer.weights_convert.packing import pack, unpack
 from riverinfer.weights_convert.quantize import QuantizedMatrix, check_settings, check_shape, quantize
+from riverinfer.whole_file import whole_file
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 METHODS = ("hqq", "awq", "rtn")
@@ -218,13 +219,9 @@ def build_river(
         _remove_abandoned(path.parent)
         with suppress(WeightsError):
             return open_river(checkpoint, settings).path
-        aside = path.parent / f".{path.name}.partial-{os.getpid()}"
-        try:
+        with whole_file(path) as aside:
             calibration = calibrate() if calibrate is not None and settings.method == "awq" else None
             _write(aside, checkpoint, settings, device, progress, calibration)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
     return path
 
 

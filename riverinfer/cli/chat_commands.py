@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from riverinfer.cli.generate import format_drafts, format_stats
 from riverinfer.cli.setup import describe_params, read_text
 from riverinfer.cli.terminal import Terminal
 from riverinfer.errors import InvalidRequestError, SessionFileError
+from riverinfer.whole_file import whole_file
 
 if TYPE_CHECKING:
     from riverinfer.sampling import SamplingParams
@@ -188,12 +188,10 @@ class Commands:
         data = self.session.to_dict() | {"params": _params_as_dict(self.params)}
         if not path.name or path.is_dir():
             raise SessionFileError("is a folder", file=path, remedy="give a file name")
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            aside.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            aside.replace(path)
+            with whole_file(path) as aside:
+                aside.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         except OSError as exc:
-            aside.unlink(missing_ok=True)
             raise SessionFileError(
                 f"cannot be written ({exc.strerror})", file=path, remedy="choose another place"
             ) from exc

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from riverinfer.errors import InvalidRequestError
+from riverinfer.whole_file import whole_file
 
 
 def output_path(path: Path, suffixes: Sequence[str]) -> Path:
@@ -29,15 +29,11 @@ def output_path(path: Path, suffixes: Sequence[str]) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write aside, then rename: an existing file is replaced at once. Raises InvalidRequestError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """As ``whole_file``. Raises InvalidRequestError."""
     try:
-        aside.write_bytes(content)
-        aside.replace(path)
+        with whole_file(path) as aside:
+            aside.write_bytes(content)
     except OSError as exc:
         raise InvalidRequestError(
             f"cannot be written ({exc.strerror})", file=path, remedy="choose another place"
         ) from exc
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)

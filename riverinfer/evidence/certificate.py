@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from riverinfer.errors import ConversionError, InvalidRequestError, RiverinferWa
 from riverinfer.evidence.learn_then_test import fixed_sequence
 from riverinfer.generation_config import load_generation_config
 from riverinfer.weights_convert.river_artifact import RiverSettings, open_river, river_digest, river_path
+from riverinfer.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -163,19 +162,15 @@ def certificate_path(river: Path) -> Path:
 
 def store_certificate(certificate: Certificate, path: Path) -> None:
     """Replace the file at once. Raises ConversionError."""
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        aside.write_text(json.dumps(certificate.as_dict(), indent=1) + "\n")
-        aside.replace(path)
+        with whole_file(path) as aside:
+            aside.write_text(json.dumps(certificate.as_dict(), indent=1) + "\n")
     except OSError as exc:
         raise ConversionError(
             f"cannot be written ({exc.strerror or exc})",
             file=path,
             remedy="check free space and permissions, or choose another folder with RIVERINFER_CACHE",
         ) from exc
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def read_certificate(path: Path) -> Certificate:
