@@ -23,10 +23,12 @@ from torch import Tensor
 from riverinfer.decode import walk as torch_walk
 from riverinfer.gates import FixedDepth
 from riverinfer.kernels import triton_reference as reference
+from riverinfer.kernels.linear_launch import Workspace
+from riverinfer.kernels.packed_weights import PackedWeights
 from riverinfer.kernels.triton_attention import decode_attention, workspace_size
 from riverinfer.kernels.triton_dual_linear import dual_linear
 from riverinfer.kernels.triton_gate import DeviceGate
-from riverinfer.kernels.triton_linear import PackedWeights, Workspace, linear
+from riverinfer.kernels.triton_linear import linear
 from riverinfer.kernels.triton_rope import rope_and_store
 from riverinfer.kernels.triton_sampling import SamplingState, SamplingWorkspace, sample
 from riverinfer.sampling import SamplingParams

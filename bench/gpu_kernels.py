@@ -33,10 +33,12 @@ from gpu_run import DEVICE, DRY, Part, Results, Setting, capture, heat, ints, no
 from torch import Tensor
 
 from riverinfer.device_walk import StepKind
+from riverinfer.kernels.linear_launch import Workspace, config_for
+from riverinfer.kernels.packed_weights import PackedWeights
 from riverinfer.kernels.triton_attention import decode_attention, workspace_size
 from riverinfer.kernels.triton_dual_linear import dual_linear
 from riverinfer.kernels.triton_gate import DeviceGate
-from riverinfer.kernels.triton_linear import PackedWeights, Workspace, config_for, linear
+from riverinfer.kernels.triton_linear import linear
 from riverinfer.kernels.triton_sampling import SamplingState, SamplingWorkspace, sample
 from riverinfer.sampling import SamplingParams
 

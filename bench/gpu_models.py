@@ -19,10 +19,10 @@ from riverinfer.device_rounds import RoundLaunches
 from riverinfer.device_walk import DeviceWalk, StepKind
 from riverinfer.draft_policy import BINS, Plan
 from riverinfer.gates import FixedDepth
-from riverinfer.kernels import triton_linear, triton_tuning
+from riverinfer.kernels import linear_launch, triton_tuning
 from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear
+from riverinfer.kernels.linear_launch import Config
 from riverinfer.kernels.quantized_linear import TritonPackedLinear
-from riverinfer.kernels.triton_linear import Config
 from riverinfer.kv_arena import KVArena
 from riverinfer.loader import Embedding
 from riverinfer.model import DecoderLayer, Model
@@ -94,7 +94,7 @@ def know_blocks(table: Path | None) -> None:
         if path.is_file():
             known = json.loads(path.read_text())
             found = {tuple(int(size) for size in key.split("x")): Config(**fields) for key, fields in known.items()}
-            triton_linear.measured.update(found)  # type: ignore[arg-type]
+            linear_launch.measured.update(found)  # type: ignore[arg-type]
 
 
 # --- weights ---

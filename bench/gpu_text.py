@@ -24,7 +24,7 @@ from riverinfer.cache_dir import cache_dir
 from riverinfer.config import load_config
 from riverinfer.errors import ChatTemplateError
 from riverinfer.kernels import triton_tuning
-from riverinfer.kernels.triton_linear import config_for
+from riverinfer.kernels.linear_launch import config_for
 from riverinfer.river import RiverOptions
 from riverinfer.weights_convert import convert
 from riverinfer.weights_convert.river_artifact import linear_shapes

@@ -9,7 +9,8 @@ import torch
 from gpu_models import GROUP, SHAPES, random_matrix, random_packed
 from gpu_run import DEVICE, DRY, Part, Results, Setting, normal, read_json, release, write_json
 
-from riverinfer.kernels.triton_linear import Config, Workspace, config_for, linear
+from riverinfer.kernels.linear_launch import Config, Workspace, config_for
+from riverinfer.kernels.triton_linear import linear
 from riverinfer.kernels.triton_tuning import DeviceTimer, best, candidates, file_name
 
 Size = tuple[int, int]

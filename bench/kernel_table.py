@@ -96,7 +96,7 @@ def matrix(model: str, name: str, kind: tuple[int, int], *, form: str, capabilit
 
     The last matrix of a dual layer, "down", has no gate; "down, gate" has one.
     """
-    from riverinfer.kernels.triton_linear import COLUMNS, config_for
+    from riverinfer.kernels.linear_launch import COLUMNS, config_for
 
     plain, _, gated = name.partition(", ")
     (n, k), (bits, group) = MODELS[model].matrix(plain), kind

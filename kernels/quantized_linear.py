@@ -78,11 +78,13 @@ class CpuNibblesLinear:
 class TritonPackedLinear:
     """The GPU kernels' form: up to 16 tokens read the packed weights, more of them a copy dequantized for the call.
 
-    ``packed`` is a ``triton_linear.PackedWeights``.
+    ``packed`` is a ``packed_weights.PackedWeights``.
     """
 
     def __init__(self, q: Tensor, scale: Tensor, offset: Tensor, *, bits: int, bias: Tensor | None = None) -> None:
-        from riverinfer.kernels.triton_linear import MAX_TOKENS, linear, packed_weights
+        from riverinfer.kernels.linear_launch import MAX_TOKENS
+        from riverinfer.kernels.packed_weights import packed_weights
+        from riverinfer.kernels.triton_linear import linear
         from riverinfer.weights_convert.packing import pack
 
         group = q.shape[1] // scale.shape[1]

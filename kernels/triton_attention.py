@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from riverinfer.errors import InvalidRequestError
+from riverinfer.kernels.linear_launch import MAX_TOKENS, Workspace
 from riverinfer.kernels.triton_dual_linear import FINISHED
-from riverinfer.kernels.triton_linear import MAX_TOKENS, Workspace, dot, to_bfloat16
+from riverinfer.kernels.triton_linear import dot, to_bfloat16
 from riverinfer.kernels.triton_rope import check_arena, check_rows, check_tensor
 
 _FINISHED: tl.constexpr = tl.constexpr(FINISHED)

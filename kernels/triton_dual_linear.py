@@ -15,17 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from riverinfer.errors import InvalidRequestError
+from riverinfer.kernels.linear_launch import COLUMNS, Config, Workspace, check_arguments, config_for, launch_shape
+from riverinfer.kernels.packed_weights import PackedWeights
 from riverinfer.kernels.triton_gate import SUMS, DeviceGate, decide
-from riverinfer.kernels.triton_linear import (
-    COLUMNS,
-    Config,
-    PackedWeights,
-    Workspace,
-    check_arguments,
-    compute,
-    config_for,
-    launch_shape,
-)
+from riverinfer.kernels.triton_linear import compute
 
 BACKBONE, RIVER, FINISHED = 0, 1, 2
 _BACKBONE: tl.constexpr = tl.constexpr(BACKBONE)

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from riverinfer.errors import InvalidRequestError
+from riverinfer.kernels.linear_launch import INTERPRETED, MAX_TOKENS
 from riverinfer.kernels.triton_dual_linear import FINISHED
-from riverinfer.kernels.triton_linear import INTERPRETED, MAX_TOKENS, to_bfloat16
+from riverinfer.kernels.triton_linear import to_bfloat16
 
 LARGEST_HEAD = 256
 _FINISHED: tl.constexpr = tl.constexpr(FINISHED)

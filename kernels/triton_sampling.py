@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from riverinfer.errors import InvalidRequestError
+from riverinfer.kernels.linear_launch import INTERPRETED
 from riverinfer.kernels.triton_dual_linear import FINISHED
-from riverinfer.kernels.triton_linear import INTERPRETED
 from riverinfer.sampling import SamplingParams, _mix, _signed
 
 MAX_ROWS = 16

@@ -6,7 +6,6 @@ A table is JSON, {"N x K": {fields of Config}}. A shape has one entry for all ki
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -16,8 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from riverinfer.kernels import triton_linear
-from riverinfer.kernels.triton_linear import Config, PackedWeights, Workspace, config_for, linear, packed_weights
+from riverinfer.kernels import linear_launch
+from riverinfer.kernels.linear_launch import Config, Workspace, config_for
+from riverinfer.kernels.packed_weights import PackedWeights, packed_weights
+from riverinfer.kernels.triton_linear import linear
+from riverinfer.whole_file import whole_file
 
 SHIPPED = Path(__file__).parent / "tables"
 _ROTATED = 96 << 20  # bytes of copies of a matrix, so that launches in turn do not find it in the L2 cache
@@ -72,7 +74,7 @@ def prepare(
         if progress is not None:
             progress("Tuning kernels", len(missing), len(missing), "matrices")
         _write(path, kept)
-    triton_linear.measured.update({shape: known[shape] for shape in wanted})
+    linear_launch.measured.update({shape: known[shape] for shape in wanted})
 
 
 def file_name(gpu: str) -> str:
@@ -92,14 +94,10 @@ def _read(path: Path) -> dict[Shape, Config]:
 
 def _write(path: Path, table: dict[Shape, Config]) -> None:
     text = json.dumps({f"{n}x{k}": asdict(config) for (n, k), config in sorted(table.items())}, indent=1)
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text + "\n")
-        aside.replace(path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
+        with whole_file(path) as aside:
+            aside.write_text(text + "\n")
 
 
 class DeviceTimer:

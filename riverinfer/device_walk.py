@@ -19,11 +19,13 @@ from torch import Tensor
 
 from riverinfer.gates import FixedDepth, Gate, SimilarityGate
 from riverinfer.kernels.linear import AbsentLinear, Linear, PlainLinear, current
+from riverinfer.kernels.linear_launch import Workspace, config_for, workspace_for
+from riverinfer.kernels.packed_weights import PackedWeights
 from riverinfer.kernels.quantized_linear import TritonPackedLinear
 from riverinfer.kernels.triton_attention import decode_attention, workspace_size
 from riverinfer.kernels.triton_dual_linear import BACKBONE, FINISHED, RIVER, dual_linear
 from riverinfer.kernels.triton_gate import DeviceGate, thresholds
-from riverinfer.kernels.triton_linear import PackedWeights, Workspace, config_for, linear, workspace_for
+from riverinfer.kernels.triton_linear import linear
 from riverinfer.kernels.triton_rope import rope_and_store
 from riverinfer.kernels.triton_sampling import MAX_VOCAB
 from riverinfer.kernels.triton_step import begin

@@ -47,7 +47,8 @@ class Layer:
     """The last matrix of a layer [N, K] in both forms, and launches of it with a gate."""
 
     def __init__(self, n: int = 40, k: int = 64, *, split: int = 2, block_n: int = 32, norm: bool = False) -> None:
-        from riverinfer.kernels.triton_linear import Config, Workspace, packed_weights
+        from riverinfer.kernels.linear_launch import Config, Workspace
+        from riverinfer.kernels.packed_weights import packed_weights
         from riverinfer.weights_convert.packing import pack
 
         self.n, self.k = n, k
@@ -113,7 +114,7 @@ def interpreted_reference(mixtures: list[list[int]], split: int, norm: bool, sha
     Nothing else changes: not the entries of finished rows or of other layers, not the workspace behind its end.
     """
     from riverinfer.kernels import triton_reference as reference
-    from riverinfer.kernels.triton_linear import COLUMNS, Workspace, launch_shape
+    from riverinfer.kernels.linear_launch import COLUMNS, Workspace, launch_shape
 
     layer = Layer(*shape, split=split, norm=norm)
     opened = stayed = 0
@@ -408,8 +409,8 @@ def interpreted_side_by_side(split: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def interpreted_errors() -> None:
     from riverinfer.errors import InvalidRequestError
+    from riverinfer.kernels.linear_launch import Config, Workspace
     from riverinfer.kernels.triton_dual_linear import dual_linear
-    from riverinfer.kernels.triton_linear import Config, Workspace
 
     layer = Layer(40, 64, split=1)
     x, residual, before = layer.inputs(2)

@@ -40,13 +40,19 @@ def interpreted() -> tuple[Any, Any, Any]:
     return triton_linear, triton_dual_linear, triton_reference
 
 
+def launching() -> Any:
+    from riverinfer.kernels import linear_launch
+
+    return linear_launch
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def packed(n: int, k: int, bits: int, group: int, seed: int = 0) -> Any:
     """PackedWeights of random integers; every third row has scale 0."""
-    from riverinfer.kernels.triton_linear import packed_weights
+    from riverinfer.kernels.packed_weights import packed_weights
     from riverinfer.weights_convert.packing import pack
 
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +105,7 @@ def interpreted_formula(kind: Bits) -> None:
     for index, options in enumerate(OPTIONS[::every]):
         n, k = shapes[index % len(shapes)]
         tokens = (1, 3, 8, 9, 16)[index % 5]
-        config = triton_linear.Config(block_n=32, split=(1, 2, 3)[index % 3], block_k=(16, 64)[index % 2])
+        config = launching().Config(block_n=32, split=(1, 2, 3)[index % 3], block_k=(16, 64)[index % 2])
         arguments = surroundings(tokens, n, k, *options)
         weight, matrix = weights(n, k, kind)
         x = arguments.pop("x")
@@ -127,7 +133,7 @@ def interpreted_default_blocks(n: int, k: int, kind: Bits) -> None:
 def interpreted_rows(kind: Bits, norm: bool) -> None:
     """A row has the same bits alone, in a batch of any size, and in another place of it."""
     triton_linear, _, _ = interpreted()
-    config = triton_linear.Config(block_n=32, split=2, packed_k=64)
+    config = launching().Config(block_n=32, split=2, packed_k=64)
     weight, _ = weights(24, 128, kind)
     arguments = surroundings(16, 24, 128, norm, True, False, True)
     x, residual = arguments.pop("x"), arguments.pop("residual")
@@ -203,12 +209,12 @@ def interpreted_norm() -> None:
 def interpreted_in_place() -> None:
     """``out`` may be ``residual``; one workspace serves matrices of several shapes, and its counters return to zero."""
     triton_linear, _, reference = interpreted()
-    workspace = triton_linear.Workspace("cpu", 2**15, 64)
+    workspace = launching().Workspace("cpu", 2**15, 64)
     for n, k, kind in ((48, 96, DENSE), (70, 128, (4, 64)), (48, 96, (8, 32))):
         weight, matrix = weights(n, k, kind)
         x, residual = random(9, k).bfloat16(), random(9, n)
         want = reference.linear(x, matrix, residual=residual)
-        config = triton_linear.Config(block_n=32, split=2)
+        config = launching().Config(block_n=32, split=2)
         got = triton_linear.linear(
             x, weight, residual=residual, out=residual, config=config, workspace=workspace
         )  # fmt: skip
@@ -251,9 +257,9 @@ def interpreted_dual(kind: Bits, split: int, options: tuple[bool, ...], loads: l
     """Each row has the bits of its path alone; weights that no row needs are not read; finished rows stay."""
     triton_linear, triton_dual_linear, reference = interpreted()
     n, k = 40, 128
-    config = triton_linear.Config(block_n=32, split=split)
+    config = launching().Config(block_n=32, split=split)
     dense, river = random(n, k).bfloat16(), packed(n, k, *kind)
-    workspace = triton_linear.Workspace("cpu", 2**15, 64)
+    workspace = launching().Workspace("cpu", 2**15, 64)
     for flags in ([0], [1], [2], [0, 1, 2, 1, 0], [0] * 8 + [1, 2, 1], [2] * 8 + [0, 1]):
         path = torch.tensor(flags, dtype=torch.int32)
         arguments = surroundings(len(flags), n, k, *options)
@@ -290,11 +296,12 @@ def interpreted_dual(kind: Bits, split: int, options: tuple[bool, ...], loads: l
 def interpreted_errors() -> None:
     triton_linear, triton_dual_linear, _ = interpreted()
     from riverinfer.errors import InvalidRequestError
+    from riverinfer.kernels.packed_weights import packed_weights
 
     linear, dense, river = triton_linear.linear, random(32, 64).bfloat16(), packed(32, 64, 4, 32)
     x, h = random(2, 64).bfloat16(), random(2, 64)
     path = torch.zeros(2, dtype=torch.int32)
-    config, out = triton_linear.Config(), torch.empty(2, 32)
+    config, out = launching().Config(), torch.empty(2, 32)
 
     def dual(*args: Any, **options: Any) -> Any:
         return triton_dual_linear.dual_linear(x, *args, **{"out": out, **options})
@@ -322,17 +329,17 @@ def interpreted_errors() -> None:
         ("config", lambda: linear(x, dense, silu=True, config=replace(config, block_n=16))),
         (
             "workspace",
-            lambda: linear(x, dense, config=replace(config, split=2), workspace=triton_linear.Workspace("cpu", 8, 1)),
+            lambda: linear(x, dense, config=replace(config, split=2), workspace=launching().Workspace("cpu", 8, 1)),
         ),
         ("path", lambda: dual(path[:1], dense, river)),
         ("path", lambda: dual(path.long(), dense, river)),
         ("river", lambda: dual(path, dense, dense)),
         ("weight", lambda: dual(path, dense, packed(32, 128, 4, 32))),
-        ("bits", lambda: triton_linear.packed_weights(river.q, scale, scale, bits=3, group=32)),
-        ("group", lambda: triton_linear.packed_weights(river.q, scale, scale, bits=4, group=48)),
-        ("q", lambda: triton_linear.packed_weights(river.q, scale, scale, bits=8, group=32)),
-        ("scale", lambda: triton_linear.packed_weights(river.q, scale[:, :1], scale, bits=4, group=32)),
-        ("offset", lambda: triton_linear.packed_weights(river.q, scale, scale.float(), bits=4, group=32)),
+        ("bits", lambda: packed_weights(river.q, scale, scale, bits=3, group=32)),
+        ("group", lambda: packed_weights(river.q, scale, scale, bits=4, group=48)),
+        ("q", lambda: packed_weights(river.q, scale, scale, bits=8, group=32)),
+        ("scale", lambda: packed_weights(river.q, scale[:, :1], scale, bits=4, group=32)),
+        ("offset", lambda: packed_weights(river.q, scale, scale.float(), bits=4, group=32)),
     ]
     for field, call in cases:
         with pytest.raises(InvalidRequestError, match=f"^{field}: "):
@@ -355,8 +362,9 @@ LAYER = {  # of Llama 3.1 8B: N, K, norm, silu, residual
 
 def build(matrix: str, kind: Bits, *, dual: bool, capability: int) -> Compiled:
     """The kernel for a matrix of ``LAYER``, alone or ``dual``."""
+    from riverinfer.kernels.linear_launch import COLUMNS, config_for
     from riverinfer.kernels.triton_dual_linear import dual_linear_kernel
-    from riverinfer.kernels.triton_linear import COLUMNS, config_for, linear_kernel
+    from riverinfer.kernels.triton_linear import linear_kernel
 
     n, k, norm, silu, residual = LAYER[matrix]
     config, (bits, group) = config_for(n, k), kind

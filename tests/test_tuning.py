@@ -17,13 +17,13 @@ def test_tuning(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if request.function.__name__.startswith("interpreted_"):
-        from riverinfer.kernels import triton_linear
+        from riverinfer.kernels import linear_launch
 
-        monkeypatch.setattr(triton_linear, "measured", {})
+        monkeypatch.setattr(linear_launch, "measured", {})
 
 
 def interpreted_the_fastest_for_both_kinds_is_taken_and_kept(tmp_path: Path) -> None:
-    from riverinfer.kernels.triton_linear import Config, config_for
+    from riverinfer.kernels.linear_launch import Config, config_for
     from riverinfer.kernels.triton_tuning import candidates, file_name, prepare
 
     shape, asked = (2048, 4096), list[Config]()
@@ -59,7 +59,7 @@ def interpreted_the_fastest_for_both_kinds_is_taken_and_kept(tmp_path: Path) -> 
 
 def interpreted_a_shipped_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from riverinfer.kernels import triton_tuning
-    from riverinfer.kernels.triton_linear import Config, config_for
+    from riverinfer.kernels.linear_launch import Config, config_for
 
     (tmp_path / "GPU.json").write_text('{"64x512": {"block_n": 32, "split": 2}}')
     monkeypatch.setattr(triton_tuning, "SHIPPED", tmp_path)
@@ -73,7 +73,7 @@ def interpreted_a_shipped_table_comes_first(tmp_path: Path, monkeypatch: pytest.
 
 
 def interpreted_nowhere_to_keep_it(tmp_path: Path) -> None:
-    from riverinfer.kernels.triton_linear import config_for
+    from riverinfer.kernels.linear_launch import config_for
     from riverinfer.kernels.triton_tuning import candidates, prepare
 
     (tmp_path / "file").write_text("")
