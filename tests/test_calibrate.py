@@ -386,7 +386,7 @@ def test_the_command_end_to_end(model: Path, prompts: Path, capsys: pytest.Captu
     assert main(wanted) == 0
     printed = capsys.readouterr()
     assert "Certified: tau" in printed.out
-    assert "of the 6 tokens after an answer's first one, which the exact prompt predicts (" in printed.out
+    assert "of an answer's first 6 tokens, after the one that the exact prompt predicts (" in printed.out
     path = Path(printed.out.rsplit("certificate: ", 1)[1].strip())
     found = read_certificate(path)
     assert (found.prompts, found.horizon, found.epsilon, found.delta) == (6, 6, 0.9, 0.05)
@@ -423,6 +423,9 @@ def test_the_command_that_certifies_nothing(model: Path, prompts: Path, capsys: 
     assert "Nothing could be certified: 6 prompts do not show" in capsys.readouterr().out
     assert main(["generate", str(model), "--mode", "river", "--tau", "auto", "-p", "Hi", "-n", "2", *ARGS]) == 0
     assert "could certify no tau" in capsys.readouterr().err
+    for flags in (["--no-chat-template"], ["--chat-template-kwargs", '{"a": 1}'], ["--chat-template-name", "x"]):
+        assert main(["generate", str(model), "--mode", "river", "--tau", "auto", "-p", "Hi", *flags, *ARGS]) == 2
+        assert f"{flags[0]} does not go with --tau auto" in capsys.readouterr().err
     assert main(["river", "trace", str(model), "-o", "x.json", "--tau", "auto", "-p", "Hi", *ARGS]) == 2
     assert "no tau is certified, no token would exit" in capsys.readouterr().err
 
@@ -479,6 +482,18 @@ def test_prompt_files_that_are_refused_in_a_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_list_is_no_file_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text('[\n"one",\n"two"\n]')
+    with pytest.raises(
+        InvalidRequestError, match=r"prompts.json: is one JSON value; give .jsonl, a prompt on each line"
+    ):
+        read_prompts(path)
+    path = path.rename(tmp_path / "prompts.jsonl")
+    path.write_text('{"prompt": null, "text": "one"}')
+    assert read_prompts(path) == ["one"]
 
 
 def test_an_interrupted_write_leaves_the_old_certificate(

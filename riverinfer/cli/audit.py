@@ -27,12 +27,13 @@ def run(args: argparse.Namespace) -> int:
         for name, suffixes in (("save", (".json",)), ("report", (".html",)))
         if getattr(args, name) is not None
     }
-    _refuse(args)
+    refuse_idle_gate_flags(args)
     settings = _settings(args)
     report_html = _report() if "report" in places else None
-    from riverinfer.evidence.prompts import different, read_prompts
+    from riverinfer.evidence.prompts import different, read_prompts, require_two
 
     texts = different(read_prompts(args.prompts))
+    require_two(texts)
     audit = _measure(args, texts, settings)
     if args.json:
         print(audit.as_json().rstrip("\n"), flush=True)
@@ -47,20 +48,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse(args: argparse.Namespace) -> None:
-    for name, value in (("prefill", "exact"), ("prefill_depth", None), ("backbone_layers", None), ("draft", "auto")):
-        if getattr(args, name) != value:
-            raise InvalidRequestError(
-                f"--{name.replace('_', '-')} has no effect here: prompts are exact, the backbone whole",
-                remedy="leave it out",
-            )
-    refuse_idle_gate_flags(args)
-
-
 def _settings(args: argparse.Namespace) -> AuditSettings:
     from riverinfer.evidence.audit import AuditSettings
 
-    given = {} if args.repair is None else {"repair": args.repair}
+    given = {name: value for name in ("repair", "taus") if (value := getattr(args, name)) is not None}
     return AuditSettings(
         tokens=args.tokens,
         drift_tokens=args.drift_tokens,

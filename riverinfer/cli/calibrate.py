@@ -114,8 +114,8 @@ def _conclusion(certificate: Certificate, layers: int) -> str:
     judged = f"{certificate.horizon} token{'' if certificate.horizon == 1 else 's'}"
     text = (
         f"Certified: tau {certificate.tau:g}. With confidence {sure}, on average over prompts like {like}, the river's"
-        f" likeliest token is another than exact mode's at less than {bound} of the {judged} after an answer's"
-        f" first one, which the exact prompt predicts ({deployed.mean_loss:.2%} was seen)."
+        f" likeliest token is another than exact mode's at less than {bound} of an answer's first {judged}, after the"
+        f" one that the exact prompt predicts ({deployed.mean_loss:.2%} was seen)."
     )
     if deployed.mean_depth > layers - 0.5:
         text += " But hardly a token left the backbone: this is no faster than exact mode."

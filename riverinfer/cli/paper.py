@@ -7,7 +7,7 @@ import json
 import warnings
 from typing import TYPE_CHECKING
 
-from riverinfer.cli.setup import load_engine, model_dir, use_huge_pages
+from riverinfer.cli.setup import load_engine, model_dir, refuse_other_templates, use_huge_pages
 from riverinfer.errors import InvalidRequestError, RiverinferWarning
 from riverinfer.progress import ConsoleProgress
 
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         check_integer("--limit", args.limit, 1)
     if args.shots is not None:
         check_integer("--shots", args.shots, 0)
+    refuse_other_templates(args)
     folder = model_dir(args)
     from riverinfer.chat_template import load_templates
     from riverinfer.evidence.paper import Settings, as_dict, measure

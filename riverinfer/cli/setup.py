@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from riverinfer.cli.shared_flags import RIVER_DEFAULTS
 from riverinfer.errors import InvalidRequestError
 from riverinfer.progress import ConsoleProgress
 
@@ -80,30 +81,32 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.chat_template is not None:
         read_text(args.chat_template)
     _system_prompt(args)
-
-
-_RIVER_ONLY = {
-    "tau": 0.5,
-    "min_depth": 1,
-    "max_depth": None,
-    "gate": "similarity",
-    "prefill": "exact",
-    "prefill_depth": None,
-    "backbone_layers": None,
-    "repair": 0,
-}
+    refuse_other_templates(args)
 
 
 def _refuse_idle_flags(args: argparse.Namespace) -> None:
     """Flags of river mode do nothing in the others: better said than ignored."""
     if args.mode == "river":
         return
-    for name, default in _RIVER_ONLY.items():
+    for name, default in RIVER_DEFAULTS.items():
         if getattr(args, name) != default:
             flag = "--" + name.replace("_", "-")
             raise InvalidRequestError(f"{flag} has no effect in {args.mode} mode", remedy="add --mode river")
     if getattr(args, "show_depth", False):
         raise InvalidRequestError("only river mode has exit depths", remedy="add --mode river")
+
+
+def refuse_other_templates(args: argparse.Namespace) -> None:
+    """With --tau auto: a certificate is about prompts under the model's own template, as ``calibrate`` puts them."""
+    if args.tau != "auto":
+        return
+    for name in ("chat_template", "chat_template_name", "no_chat_template", "chat_template_kwargs"):
+        if getattr(args, name, None):
+            flag = "--" + name.replace("_", "-")
+            raise InvalidRequestError(
+                f"{flag} does not go with --tau auto: what is certified is about the model's own chat template",
+                remedy="leave one of them out",
+            )
 
 
 def refuse_idle_gate_flags(args: argparse.Namespace) -> None:
@@ -112,7 +115,7 @@ def refuse_idle_gate_flags(args: argparse.Namespace) -> None:
 
     for name in UNREAD.get(args.gate, ()):
         read_by_prompts = args.prefill == "fixed" and name != "tau"
-        if getattr(args, name) != _RIVER_ONLY[name] and not read_by_prompts:
+        if getattr(args, name) != RIVER_DEFAULTS[name] and not read_by_prompts:
             flag = "--" + name.replace("_", "-")
             raise InvalidRequestError(f"{flag} has no effect with --gate {args.gate}", remedy="leave one of them out")
 

@@ -43,6 +43,8 @@ def read_prompts(path: Path | None) -> list[str]:
     """
     if path is None:
         return list(SAMPLE)
+    if path.suffix.lower() == ".json":
+        raise InvalidRequestError("is one JSON value", file=path, remedy="give .jsonl, a prompt on each line, or text")
     numbered = read_lines(path)
     if not numbered:
         raise InvalidRequestError("has no prompts", file=path, remedy="put a prompt on each line")
@@ -86,7 +88,7 @@ def parse_line(path: Path, number: int, line: str) -> Any:
 def _prompt(path: Path, number: int, line: str) -> str:
     value = parse_line(path, number, line)
     if isinstance(value, dict):
-        value = next((value[key] for key in _KEYS if key in value), None)
+        value = next((value[key] for key in _KEYS if isinstance(value.get(key), str)), None)
     if not isinstance(value, str) or not value.strip():
         raise InvalidRequestError(
             f"line {number} has no prompt", file=path, field=_KEYS[0], remedy=f'give a text as "{_KEYS[0]}"'
@@ -101,6 +103,12 @@ def different(prompts: Sequence[str]) -> list[str]:
         repeated = f"{len(prompts) - len(once)} of {len(prompts)} prompts repeat others"
         warnings.warn(f"{repeated}: each counts once, {len(once)} in all", RiverinferWarning, stacklevel=3)
     return once
+
+
+def require_two(prompts: Sequence[object]) -> None:
+    """Raise InvalidRequestError for fewer: one prompt has no spread."""
+    if len(prompts) < 2:
+        raise InvalidRequestError("there is only one prompt", field="prompts", remedy="give two, better twenty")
 
 
 def require_room(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], tokens: int, remedy: str) -> None:
