@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from riverinfer.outputs import Output
 
 WAYS = ("exact", "river", "full river", "lossless")
-"""exact: the backbone. river: exits above tau. full river: no backbone. lossless: drafts, verified."""
+"""exact: the backbone. river: exits above tau. full river: no backbone layer. lossless: drafts, verified.
+
+Prompts are exact in all.
+"""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ def table(model: str, measured: Sequence[Measured], settings: Settings) -> str:
     parts.append(
         "accuracy: Wilson's interval. p: McNemar's exact test against exact, on the same questions. speedup: over\n"
         "exact, geometric mean over questions and its bootstrap interval; prompts not counted. depth: backbone layers\n"
-        f"a token. Paper: accuracy, and speedup over its own backbone ({SOURCE};\n"
+        "a token. Prompts pass the backbone in all ways: beside full river stands the paper's model with every layer\n"
+        f"in 4 bits, which may differ. Paper: accuracy, and speedup over its own backbone ({SOURCE};\n"
         f"{DOUBT})."
     )
     return "\n\n".join(parts)
@@ -31,7 +32,7 @@ def table(model: str, measured: Sequence[Measured], settings: Settings) -> str:
 
 def _described(settings: Settings) -> str:
     depths = f"depth {settings.min_depth} to {'all' if settings.max_depth is None else settings.max_depth}"
-    tau = _tau(settings) + (" (certified)" if settings.certified else "")
+    tau = _tau(settings) + (" (certified, on prompts of its own)" if settings.certified else "")
     river = f"river {settings.river} with {settings.river_head} head"
     return f"{river}, {tau}, {depths}, greedy, answers of at most {settings.max_tokens} tokens"
 
