@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from audit_models import blind, load, planted, prompts
 from golden_models import ROOT
+from markupsafe import escape
 
 from riverinfer import Engine
 from riverinfer.cli import main
@@ -20,6 +21,7 @@ from riverinfer.errors import ContextLengthError, InvalidRequestError, Riverinfe
 from riverinfer.evidence.audit import SCHEMA, Audit, AuditSettings, load_audit
 from riverinfer.evidence.audit_prompt import gate_label
 from riverinfer.evidence.audit_run import run_audit
+from riverinfer.evidence.report import report_html
 from riverinfer.evidence.summary import terminal
 from riverinfer.evidence.sweep import OTHERS
 from riverinfer.river import RiverOptions
@@ -84,14 +86,14 @@ def test_it_is_whole(audit: Audit) -> None:
     assert len(free.river.parted) == len(free.repaired.parted) == 8
     assert len(free.river.share) == 1 + max(24 if at is None else at for at in free.river.parted)
     assert free.river.share[0] == 1  # the first token comes with the exact prompt
-    assert 0 < free.same_tokens < 1
-    assert free.likelihood_ratio > 1
+    assert 0 < free.same_tokens.mean < 1
+    assert free.likelihood_ratio.mean > 1
 
 
 def test_json_and_back(audit: Audit, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(audit.as_json())
-    assert json.loads(path.read_text())["schema"] == SCHEMA == "riverinfer.audit/2"
+    assert json.loads(path.read_text())["schema"] == SCHEMA == "riverinfer.audit/3"
     again = load_audit(path)
     assert again.as_json() == audit.as_json()
     assert replace(again, settings={}) == replace(audit, settings={})
@@ -119,6 +121,14 @@ def test_other_files_are_refused(content: str, problem: str, tmp_path: Path) -> 
     path.write_text(content)
     with pytest.raises(InvalidRequestError, match=problem):
         load_audit(path)
+
+
+def test_a_page_of_what_was_measured(audit: Audit) -> None:
+    pytest.importorskip("matplotlib")
+    page = report_html(audit)
+    assert page.count("<svg") == 15
+    for finding in audit.findings:
+        assert str(escape(finding)) in page
 
 
 def test_what_cannot_be_audited(engine: Engine) -> None:
@@ -237,8 +247,7 @@ def test_the_certified_tau_is_audited(
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--prefill", "last"], "--prefill has no effect here"),
-        (["--backbone-layers", "2"], "--backbone-layers has no effect here"),
+        (["--taus", "0.9,2"], "tau: is 2.0; give a number from -1 to 1"),
         (["--gate", "always", "--tau", "0.9"], "--tau has no effect with --gate always"),
         (["--gate", "never", "--min-depth", "2"], "--min-depth has no effect with --gate never"),
         (["--gate", "fixed", "--max-depth", "4"], "--max-depth has no effect with --gate fixed"),

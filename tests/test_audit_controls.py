@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +108,7 @@ def test_what_spreading_depths_gains_is_not_called_choice() -> None:
 def test_of_many_settings_one_must_be_surer() -> None:
     lucky = [made_trial(0.1, 0.1, 0.1 + (2 if i else -1) / 100) for i in range(8)]
     alone = only("it", lucky)
-    assert alone.shuffled.difference.above_zero
+    assert alone.shuffled.difference.low > 0
     assert alone.shuffled.p_better == 2 / 256
     assert alone.shuffled.beats
     plain = {f"setting {n}": [made_trial(0.1, 0.1, 0.1 + (i - 3.5) / 100) for i in range(8)] for n in range(3)}
@@ -151,15 +153,40 @@ def test_gates_that_choose_no_better_are_seldom_said_to(prompts: int) -> None:
     assert praised <= TAIL + 3 * math.sqrt(TAIL * (1 - TAIL) / audits)
     # That is what the rule before was: the bootstrap interval of any gate above zero.
     some = differences[:300].tolist()
-    naive = sum(any(bootstrap(gate).above_zero for gate in audit) for audit in some) / len(some)
+    naive = sum(any(bootstrap(gate).low > 0 for gate in audit) for audit in some) / len(some)
     assert naive > 2 * TAIL
 
 
 def test_few_prompts_prove_nothing(judges: list[Judge]) -> None:
     found = only("planted", [run_trial(j, planted(j), shuffles=1) for j in judges[:5]])
-    assert found.shuffled.difference.above_zero
+    assert found.shuffled.difference.low > 0
     assert not found.shuffled.beats
     assert "differs from shuffled depths on 5 of 5 prompts, too few to tell which is better" in found.verdict
+
+
+def test_the_p_shown_is_of_the_direction_that_the_difference_has() -> None:
+    better = [made_trial(0.1, 0.2, 0.1 + (1 if i % 4 else -1) / 100) for i in range(8)]
+    worse = [made_trial(0.1, 0.2, 0.1 - (1 if i % 4 else -1) / 100) for i in range(8)]
+    for trials, low in ((better, "p_better"), (worse, "p_worse")):
+        against = only("it", trials).shuffled
+        assert against.p == getattr(against, low) < 0.5
+        assert f"p = {against.p:.2g}" in only("it", trials).verdict
+
+
+def test_a_static_walk_has_its_own_time(judges: list[Judge], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the gate gives all tokens one depth: asking it costs time."""
+    kinds: list[type] = []
+    walk = Judge.walk
+
+    def watched(judge: Judge, gate: Any, **options: Any) -> Scored:
+        kinds.append(type(gate))
+        return replace(walk(judge, gate, **options), seconds=float(len(kinds)))
+
+    monkeypatch.setattr(Judge, "walk", watched)
+    trial = run_trial(judges[0], SimilarityGate(-1), shuffles=2)
+    assert kinds == [SimilarityGate, GivenDepths]
+    assert (trial.gate.seconds, trial.static.seconds, trial.shuffled[0].seconds) == (1, 2, 2)
+    assert trial.static.kl == trial.gate.kl
 
 
 def test_a_gate_that_gives_all_the_same_depth_chooses_nothing(judges: list[Judge]) -> None:

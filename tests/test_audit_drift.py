@@ -24,7 +24,7 @@ from riverinfer.evidence.forced import Text, walk_forced
 from riverinfer.evidence.quality import Judge
 from riverinfer.evidence.report import report_html
 from riverinfer.evidence.statistics import TAIL
-from riverinfer.evidence.summary import _drift as drift_rows
+from riverinfer.evidence.summary import drift_rows
 from riverinfer.evidence.survival import parting, survival
 from riverinfer.gates import FixedDepth, always, never
 from riverinfer.river import RiverOptions
@@ -66,9 +66,9 @@ def test_a_step_on_an_exact_cache_errs_less_than_a_chain_of_them(walks: list[Dri
     assert [part.end for part in drift.bins] == [1, 2, 4, 8, 16, 32, 65]
     later = drift.bins[-1]
     assert later.kl["one_step"].mean < later.kl["repaired"].mean < later.kl["chained"].mean
-    assert later.from_cache.above_zero
+    assert later.from_cache.low > 0
     assert abs(drift.bins[0].from_cache.mean) < 1e-5
-    assert drift.rise.above_zero
+    assert drift.rise.low > 0
     assert (drift.tokens, drift.texts, drift.repair, drift.mean_depth) == (65, 6, EVERY, 0)
     # Before the first token of a text nothing was approximate yet.
     for walk in walks:
@@ -179,19 +179,12 @@ def said(cost: Callable[[int], float], texts: int = 6, tokens: int = 32, repair:
 
 
 def test_rise_and_late_growth_by_hand() -> None:
-    # Second quarter 8..15, last 24..31; nine tenths of the second's 0.4 are first reached in 4..7.
+    # Second quarter 8..15, last 24..31.
     found = summarize_drift([errs(lambda i: min(i, 4) / 10 + (0.2 if i >= 24 else 0))] * 6, EVERY)
     assert [part.from_cache.mean for part in found.bins] == pytest.approx([0, 0.1, 0.25, 0.4, 0.4, 0.5])
     assert (found.second.mean, found.last.mean) == pytest.approx((0.4, 0.6))
     assert (found.rise.mean, found.growth.mean) == pytest.approx((0.4, 0.2))
-    assert (found.risen, found.risen_to) == (8, found.bins[3].from_cache)
     assert (found.p_rises, found.p_grows, found.p_shrinks) == (1 / 64, 1 / 64, 1)
-    # What one token reaches by chance is not yet the rise.
-    chance = summarize_drift([errs(lambda i: 0.5 if i == 1 else min(i, 4) / 10)] * 6, EVERY)
-    assert (chance.risen, chance.risen_to) == (8, chance.bins[3].from_cache)
-    # No bin of the first half reaches what its second quarter rises to in the end.
-    slow = summarize_drift([errs(lambda i: float(i == 14), 31)] * 6, EVERY)
-    assert (slow.risen, slow.risen_to) == (15, slow.second)
 
 
 @pytest.mark.parametrize(
@@ -216,21 +209,21 @@ def test_parts_double(length: int, edges: list[int]) -> None:
 
 def test_the_finding_in_words() -> None:
     def rises(after: float) -> Callable[[int], float]:
-        return lambda i: min(i, 4) / 10 - 0.02 * (4 <= i < 8) + after * (i >= 24)
+        return lambda i: min(i, 4) / 10 + after * (i >= 24)
 
-    start = "cost rises from KL 0.0000 at the first token to 0.3800 (0.3800..0.3800) within the first 8 tokens and "
-    second = ": from 0.4000 (0.4000..0.4000) in the second quarter of the text to "
+    start = (
+        "cost rises from KL 0.0000 at the first token to 0.4000 (0.4000..0.4000) in the second quarter of the text and "
+    )
     texts = "over 32 tokens drawn from exact mode at temperature 1, past any end of text, what the cache's errors "
     line = said(rises(0))[0]
-    assert line.startswith(texts + start + "does not clearly grow further" + second + "0.4000 ")
-    assert line.endswith("in the last, a difference of 0.0000 (0.0000..0.0000)")
-    assert start + "grows further" + second + "0.6000 " in said(rises(0.2))[0]
-    assert start + "shrinks later" + second + "0.2000 " in said(rises(-0.2))[0]
-    assert (
-        "cost does not clearly rise from KL 0.0000 at the first token and grows later: " in said(lambda i: i // 24)[0]
-    )
+    assert line.startswith(texts + start + "does not clearly grow further: 0.4000 ")
+    assert line.endswith("in the last quarter, a difference of 0.0000 (0.0000..0.0000)")
+    assert start + "grows further: 0.6000 " in said(rises(0.2))[0]
+    assert start + "shrinks later: 0.2000 " in said(rises(-0.2))[0]
+    unrisen = "cost does not clearly rise from KL 0.0000 at the first token to 0.0000 (0.0000..0.0000) in the second"
+    assert unrisen + " quarter of the text and grows later: 1.0000 " in said(lambda i: i // 24)[0]
     flat = said(lambda _: -1e-6)[0]
-    assert "cost does not clearly rise from KL 0.0000 at the first token and does not clearly grow later: " in flat
+    assert unrisen + " quarter of the text and does not clearly grow later: 0.0000 " in flat
     assert "-" not in flat
     few = said(rises(0.2), texts=5)[0]
     assert "cost goes from KL 0.0000 at the first token to 0.4000 in the second quarter of the text and 0.6000 " in few

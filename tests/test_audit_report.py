@@ -22,6 +22,7 @@ from riverinfer.evidence.gate_error import Exit, KVError, Sampled
 from riverinfer.evidence.gate_error_summary import ERRORS, Correlation, GateError, LayerError, summarize_errors
 from riverinfer.evidence.quality import Scored, floor_of, summarize
 from riverinfer.evidence.report import report_html, summary
+from riverinfer.evidence.statistics import Interval
 from riverinfer.evidence.summary import _errors
 from riverinfer.evidence.survival import survival
 from riverinfer.evidence.sweep import Point, mark_front
@@ -138,7 +139,7 @@ def make_audit() -> Audit:
             gate="similarity, tau 0.5",
             quality=compared[0].gate,
             floor=floor_of([floor_part] * 2, LAYERS),
-            free_running=FreeRunning(full, 0.5, 1.2, parting, parting, 0),
+            free_running=FreeRunning(full, Interval(0.5, 0.4, 0.6), Interval(1.2, 1.1, 1.3), parting, parting, 0),
             gate_error=gate_errors(rng),
             comparisons=compared,
             points=mark_front(points),
@@ -214,7 +215,7 @@ def test_errors_stand_under_their_names(audit: Audit) -> None:
     at = drawn.index("0.11")
     assert drawn[at : at + 6] == ["0.11"] * 3 + ["0.12"] * 3
     assert drawn.index("0.31") > at + 23  # Spearman's after all of Pearson's
-    head, first, *_ = _errors(with_errors(audit))
+    head, first, *_ = _errors(with_errors(audit), with_errors(audit).gate_error.depths())
     assert head[3:] == ["V cosine", "V L2", "V norm", "V cosine r/rho", "last V r/rho", "KL r/rho"]
     assert first == ["1", "0.500", "0.080", "0.920", "0.040", "1.060", "0.12/0.32", "0.13/0.33", "-0.18/-0.38"]
 

@@ -9,6 +9,7 @@ from statistics import NormalDist, fmean, stdev
 import pytest
 import torch
 
+from riverinfer.errors import InvalidRequestError
 from riverinfer.evidence.quality import Scored, score, summarize
 from riverinfer.evidence.statistics import (
     Interval,
@@ -87,6 +88,21 @@ def test_drawn_sign_flips_are_near_the_normal_tail() -> None:
     assert sign_flip([1.0] * 60) == 1 / 10_000 == least_p(60)
 
 
+def test_what_is_no_number_shows_nothing() -> None:
+    assert sign_flip([math.nan, *[-1.0] * 7]) == sign_flip([math.inf, *[1.0] * 7]) == 1
+    exact = torch.zeros(2, 4)
+    broken = exact.clone()
+    broken[1, 2] = math.nan
+    with pytest.raises(InvalidRequestError, match=r"the measured walk's logits are no numbers; load with dtype"):
+        score(exact, broken, [0, 1], [1, 1], 1.0)
+    with pytest.raises(InvalidRequestError, match="exact mode's logits are no numbers"):
+        score(broken, exact, [0, 1], [1, 1], 1.0)
+
+
+def test_a_ratio_beyond_all_numbers_is_infinite() -> None:
+    assert Interval(800.0, 0.0, 900.0).exp() == Interval(math.inf, 1.0, math.inf)
+
+
 def test_holm_by_hand() -> None:
     # Times 3, 2 and 1 from the smallest on, none below the one before it.
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
@@ -121,8 +137,8 @@ def test_pairing_takes_the_prompts_own_level_out() -> None:
     rng = random.Random(2)
     levels = [rng.uniform(0, 10) for _ in range(16)]
     better = [level + rng.uniform(0.0, 0.2) for level in levels]
-    assert paired(better, levels).above_zero
-    assert paired(levels, better).below_zero
+    assert paired(better, levels).low > 0
+    assert paired(levels, better).high < 0
     apart = bootstrap(better), bootstrap(levels)
     assert apart[0].low < apart[1].high
     with pytest.raises(ValueError, match="zip"):
@@ -133,7 +149,7 @@ def test_pairing_takes_the_prompts_own_level_out() -> None:
 
 def test_one_value_is_its_own_interval() -> None:
     assert bootstrap([2.0]) == Interval(2.0, 2.0, 2.0)
-    assert not Interval(0.0, 0.0, 0.0).above_zero
+    assert not Interval(0.0, 0.0, 0.0).low > 0
     assert Interval(0.0, -1.0, 1.0).exp() == Interval(1.0, math.exp(-1), math.e)
 
 

@@ -1,6 +1,6 @@
 """What an audit found, as data alone, and its JSON form.
 
-``riverinfer.audit/2`` is the tree of dataclasses below, field by field: objects by name, tuples as lists, null for what
+``riverinfer.audit/3`` is the tree of dataclasses below, field by field: objects by name, tuples as lists, null for what
 is undefined. Under one version fields may be added, none changes its meaning. KL is in nats a token, shares are 0 to 1,
 depths count backbone layers, seconds and tokens/s are of this machine. Properties (verdicts) are not in it; the
 sentences in ``findings`` are.
@@ -19,12 +19,14 @@ from riverinfer.evidence.controls import Comparison
 from riverinfer.evidence.drift import DRIFT_TEXTS, Drift
 from riverinfer.evidence.gate_error_summary import GateError
 from riverinfer.evidence.quality import Floor, Quality
+from riverinfer.evidence.statistics import Interval
 from riverinfer.evidence.survival import Survival
 from riverinfer.evidence.sweep import Point
+from riverinfer.gates import SimilarityGate
 from riverinfer.json_tree import load_tree, to_tree
 from riverinfer.sampling import check_integer
 
-SCHEMA = "riverinfer.audit/2"
+SCHEMA = "riverinfer.audit/3"
 DRIFT_TOKENS = 2048
 
 
@@ -33,7 +35,8 @@ class AuditSettings:
     """How much is measured.
 
     tokens: of each answer at most; it ends where exact's does. taus: of the sweep, beside the audited setting.
-    shuffles: of each gate's depths. samples: tokens a prompt that are forced out, at ``exits`` depths. floor_prompts:
+    shuffles: of each gate's depths. samples: tokens a prompt that are forced out, at ``exits`` depths (None: after
+    every layer). floor_prompts:
     how many are held against exact itself. drift_tokens, drift_texts: length and number of long texts, and the length
     up to which texts are watched for their first other token; 0 tokens: no drift; None: ``DRIFT_TOKENS``, or what the
     context holds. Growth can be told of ``DRIFT_TEXTS`` texts at least. repair: R, every so many tokens. gates: whether
@@ -45,7 +48,7 @@ class AuditSettings:
     taus: tuple[float, ...] = (0.9, 0.95, 0.97, 0.98)
     shuffles: int = 2
     samples: int = 8
-    exits: int = 8
+    exits: int | None = None
     floor_prompts: int = 4
     drift_tokens: int | None = None
     drift_texts: int = DRIFT_TEXTS
@@ -54,11 +57,15 @@ class AuditSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("tokens", 4), ("shuffles", 1), ("samples", 1), ("exits", 1), ("floor_prompts", 1)):
+        for name, low in (("tokens", 4), ("shuffles", 1), ("samples", 1), ("floor_prompts", 1)):
             check_integer(name, getattr(self, name), low)
         for name in ("drift_texts", "seed"):
             check_integer(name, getattr(self, name), 0)
         check_integer("repair", self.repair, 1)
+        for tau in self.taus:
+            SimilarityGate(tau)  # refuses what is no threshold
+        if self.exits is not None:
+            check_integer("exits", self.exits, 1)
         if self.drift_tokens is not None:
             check_integer("drift_tokens", self.drift_tokens, 0)
             if 0 < self.drift_tokens < 4:
@@ -79,8 +86,8 @@ class FreeRunning:
     """
 
     own_text: Quality
-    same_tokens: float
-    likelihood_ratio: float
+    same_tokens: Interval
+    likelihood_ratio: Interval
     river: Survival
     repaired: Survival
     parted_unrepaired: int

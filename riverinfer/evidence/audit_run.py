@@ -5,7 +5,6 @@ The logits of one text at a time are in memory, float32 [tokens, vocab] for exac
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -34,8 +33,9 @@ from riverinfer.evidence.drift import Drift, summarize_drift, walk_drift
 from riverinfer.evidence.findings import findings
 from riverinfer.evidence.forced import Text, cut_at_end, exact_texts
 from riverinfer.evidence.gate_error_summary import summarize_errors
-from riverinfer.evidence.prompts import require_room
+from riverinfer.evidence.prompts import require_room, require_two
 from riverinfer.evidence.quality import Judge, floor_of, summarize
+from riverinfer.evidence.statistics import bootstrap
 from riverinfer.evidence.survival import parting, survival
 from riverinfer.evidence.sweep import Point, mark_front
 from riverinfer.progress import Progress
@@ -78,8 +78,8 @@ def run_audit(
     watched = max(each.tokens for each in found.parted)
     free = FreeRunning(
         own_text=summarize([[walk] for walk in found.own], layers),
-        same_tokens=fmean(a == b for pair in found.free for a, b in zip(*pair, strict=True)),
-        likelihood_ratio=math.exp(fmean(found.likelihood)),
+        same_tokens=bootstrap([fmean(a == b for a, b in zip(*pair, strict=True)) for pair in found.free]),
+        likelihood_ratio=bootstrap(found.likelihood).exp(),
         river=survival([each.river for each in found.parted], watched),
         repaired=survival([each.repaired for each in found.parted], watched),
         parted_unrepaired=sum(each.repaired is not None and each.first_repair is None for each in found.parted),
@@ -118,8 +118,7 @@ def _fitting(engine: Engine, prompts: Sequence[tuple[str, Sequence[int]]], setti
         raise InvalidRequestError("needs the whole backbone", field="backbone_layers", remedy="leave it out")
     if engine.config.num_layers < 2:
         raise InvalidRequestError("the model has a single layer", remedy="audit a deeper one")
-    if len(prompts) < 2:
-        raise InvalidRequestError("there is only one prompt", field="prompts", remedy="give two, better twenty")
+    require_two(prompts)
     wanted = max(settings.tokens, settings.drift_tokens or 0)
     require_room(engine, prompts, wanted, "ask for fewer tokens (--tokens, --drift-tokens)")
     if settings.drift_tokens is not None:

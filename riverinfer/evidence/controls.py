@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from riverinfer.evidence.quality import Judge, Quality, Scored, summarize
@@ -58,9 +58,10 @@ class Trial:
 def run_trial(judge: Judge, gate: Gate, *, shuffles: int, seed: int = 0) -> Trial:
     """Walk the judge's text through ``gate``, then through the depths of each control."""
     walked = judge.walk(gate)
-    if len(set(walked.depths)) == 1:
-        return Trial(walked, walked, (walked,) * shuffles)  # the controls are the gate itself
     static = judge.walk(GivenDepths(static_mix(walked.depths)))
+    if len(set(walked.depths)) == 1:  # the controls are the gate itself, but for the time it takes to ask it
+        same = replace(walked, seconds=static.seconds)
+        return Trial(walked, same, (same,) * shuffles)
     orders = [shuffled_depths(walked.depths, seed * shuffles + i) for i in range(shuffles)]
     return Trial(walked, static, tuple(judge.walk(GivenDepths(order)) for order in orders))
 
@@ -81,6 +82,11 @@ class Against:
     judged: bool
     p_better: float
     p_worse: float
+
+    @property
+    def p(self) -> float:
+        """Of the direction that the difference has."""
+        return self.p_better if self.difference.mean >= 0 else self.p_worse
 
     @property
     def beats(self) -> bool:
@@ -118,7 +124,7 @@ class Comparison:
 
     def _against(self, against: Against, what: str) -> str:
         difference, count = against.difference, len(self.gate.kl_by_prompt)
-        p = f", p = {min(against.p_better, against.p_worse):.2g}" if against.judged else ""
+        p = f", p = {against.p:.2g}" if against.judged else ""
         if against.beats or against.loses:
             said = f"{'beats' if against.beats else 'is worse than'} {what}"
         elif against.judged:

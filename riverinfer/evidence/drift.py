@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 SLOTS = 3  # sequences that ``walk_drift`` holds at once
 DRIFT_TEXTS = 6  # the fewest of which ``sign_flip`` can show growth
-RISEN = 0.9  # of the second quarter's mean, from which on the first rise is over
 PATHS = ("one_step", "chained", "repaired")
 
 
@@ -82,10 +81,7 @@ class Drift:
     sawtooth: by ``since_repair``; empty unless each text was repaired.
 
     second, last: from_cache in the second and the last quarter of the texts. rise: the second quarter's less that of
-    the first bin, where nothing in the cache errs yet. risen: how many tokens until the rise is over, the end of the
-    first later bin from which on all that end in the first half reach ``RISEN`` of the second quarter's from_cache (a
-    bin of a token or two may reach it by chance); risen_to: from_cache of that bin. Where there is none, they are the
-    second quarter's end and from_cache. growth: the last quarter's less the second's, long after the rise.
+    the first bin, where nothing in the cache errs yet. growth: the last quarter's less the second's.
     p_rises, p_grows, p_shrinks: ``sign_flip`` of the rise, of the growth and of its opposite, text by text.
     """
 
@@ -98,8 +94,6 @@ class Drift:
     second: Interval
     last: Interval
     rise: Interval
-    risen: int
-    risen_to: Interval
     growth: Interval
     p_rises: float
     p_grows: float
@@ -146,7 +140,7 @@ def walk_drift(
             depths.append(trace.depth)
             answer.append(choose(wanted[0], [*prompt, *answer]).token_id)
             for path, logits in rows.items():
-                kl[path].append(max(0.0, float(divergence(wanted, logits))))
+                kl[path].append(float(divergence(wanted, logits)))
                 same[path].append(int(wanted.argmax()) == int(logits.argmax()))
             if on_token is not None:
                 on_token(number)
@@ -170,12 +164,6 @@ def summarize_drift(walks: Sequence[DriftWalk], repair: int) -> Drift:
     half = max(start + 1, length // 2)
     first, second, last = (_from_cache(walks, *part) for part in ((0, 1), (start, half), (3 * length // 4, length)))
     rises, growths = ([b - a for a, b in zip(*pair, strict=True)] for pair in ((first, second), (second, last)))
-    level = bootstrap(second)
-    end, reached = half, level
-    for part in reversed([part for part in bins[1:] if part.end <= half]):
-        if part.from_cache.mean < RISEN * level.mean:
-            break
-        end, reached = part.end, part.from_cache
     return Drift(
         tokens=length,
         texts=len(walks),
@@ -183,11 +171,9 @@ def summarize_drift(walks: Sequence[DriftWalk], repair: int) -> Drift:
         mean_depth=fmean(depth for walk in walks for depth in walk.depths),
         bins=tuple(bins),
         sawtooth=tuple(_teeth(walks)),
-        second=level,
+        second=bootstrap(second),
         last=bootstrap(last),
         rise=bootstrap(rises),
-        risen=end,
-        risen_to=reached,
         growth=bootstrap(growths),
         p_rises=sign_flip(rises),
         p_grows=sign_flip(growths),

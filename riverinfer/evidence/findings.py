@@ -1,4 +1,4 @@
-"""The outcome of an audit in plain sentences, each with its interval."""
+"""The outcome of an audit in plain sentences, means with their intervals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _floor(floor: Floor) -> str:
         return "exact against itself in one batch of rows: equal to the bit, so no noise is in these figures"
     return (
         f"exact against itself in one batch of rows: KL {shown(floor.batched.kl, 6)}, same likeliest token"
-        f" {shown(floor.batched.agreement, 2, 100)} %; a KL of that size says nothing"
+        f" {shown(floor.batched.agreement, 2, 100)} %: so much another order of sums makes by itself"
     )
 
 
@@ -76,7 +76,7 @@ def _where(found: Sequence[Correlation]) -> str:
     said = []
     for direction, word in ((1, "less"), (-1, "more")):
         if sure := [c for c in found if c.direction == direction]:
-            depths = ", ".join(str(c.depth) for c in sure)
+            depths = _runs([c.depth or 0 for c in sure])
             values = [_range("r", [c.pearson for c in sure]), _range("rho", [c.spearman for c in sure])]
             layers = "layer" if depths == "1" else "layers"
             said.append(f"{word} after {depths} {layers} ({', '.join(value for value in values if value)})")
@@ -87,6 +87,18 @@ def _where(found: Sequence[Correlation]) -> str:
     rest = sum(c.direction == 0 for c in found)
     unsure = f", unsure at {rest} of {len(found)} depths" if rest else ""
     return f"similar tokens surely err {' and '.join(said)}{unsure}"
+
+
+def _runs(depths: Sequence[int]) -> str:
+    """Rising depths, three and more in a row as one: "1, 2, 5 to 8"."""
+    runs: list[list[int]] = []
+    for depth in depths:
+        if runs and depth == runs[-1][-1] + 1:
+            runs[-1].append(depth)
+        else:
+            runs.append([depth])
+    parts = ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(depth) for depth in run] for run in runs)
+    return ", ".join(part for each in parts for part in each)
 
 
 def _range(name: str, values: Sequence[float | None]) -> str:
@@ -113,17 +125,14 @@ def _drift(drift: Drift) -> list[str]:
     else:
         rises = drift.p_rises <= TAIL
         further = "further" if rises else "later"
-        if rises:
-            rise = f"rises {begins} to {shown(plain_zero(drift.risen_to))} within the first {drift.risen} tokens"
-        else:
-            rise = f"does not clearly rise {begins}"
+        rise = f"{'rises' if rises else 'does not clearly rise'} {begins} to {shown(second)} in the second quarter"
         if drift.p_grows <= TAIL:
             growth = f"grows {further}"
         else:
             growth = "shrinks later" if drift.p_shrinks <= TAIL else f"does not clearly grow {further}"
         line = (
-            f"{rise} and {growth}: from {shown(second)} in the second quarter of the text to {shown(last)} in the last,"
-            f" a difference of {shown(plain_zero(drift.growth))}"
+            f"{rise} of the text and {growth}: {shown(last)} in the last quarter, a difference of"
+            f" {shown(plain_zero(drift.growth))}"
         )
     texts = f"over {drift.tokens} tokens drawn from exact mode at temperature 1, past any end of text,"
     lines = [f"{texts} what the cache's errors cost {line}"]
@@ -153,9 +162,10 @@ def _free(audit: Audit) -> str:
         who = "they" if free.parted_unrepaired == len(free.repaired.parted) else "half of them"
         repaired = f"no repair came before {who} parted, one is made every {audit.settings['repair']} tokens"
 
+    ratio = shown(free.likelihood_ratio, 2)
     return (
         f"left to itself, {sum(at is not None for at in free.river.parted)} of {count} texts part from exact's before"
         f" its end ({said(free.river.median)}; repaired: {repaired}), and exact finds as much"
         f" of river's text as there is of its own, {audit.settings['tokens']} tokens at most,"
-        f" {free.likelihood_ratio:.2f} times as perplexing as that"
+        f" {ratio} times as perplexing as that"
     )

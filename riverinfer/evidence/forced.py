@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from riverinfer.errors import InvalidRequestError
 from riverinfer.gates import Gate
 from riverinfer.sampling import SamplingParams
 from riverinfer.sequence import TokenSequence
@@ -123,6 +124,15 @@ def now(device: torch.device) -> float:
 
 
 def divergence(exact: Tensor, other: Tensor) -> Tensor:
-    """KL(exact || other) in nats of logits float32 [T, vocab]: float32 [T]."""
+    """KL(exact || other) in nats of logits float32 [T, vocab]: float32 [T], none below 0.
+
+    Raises InvalidRequestError for logits that are no numbers: what they are worth cannot be said.
+    """
     p, q = exact.log_softmax(-1), other.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    found = (p.exp() * (p - q)).sum(-1).clamp(min=0)  # equal rows give zero but for rounding
+    if not bool(torch.isfinite(found).all()):
+        whose = "exact mode's" if not bool(torch.isfinite(exact).all()) else "the measured walk's"
+        raise InvalidRequestError(
+            f"{whose} logits are no numbers", field="logits", remedy="load with dtype bfloat16 or float32 (--dtype)"
+        )
+    return found

@@ -71,8 +71,10 @@ class Sampled:
     by_layer: tuple[tuple[KVError, ...], ...]  # of each exit, the layers from its depth on
 
 
-def exit_depths(layers: int, count: int = 8) -> list[int]:
-    """At most ``count`` depths from 1 to L - 1, evenly spread, 1 and 2 among them."""
+def exit_depths(layers: int, count: int | None = None) -> list[int]:
+    """All depths from 1 to L - 1, or at most ``count`` of them, evenly spread, 1 and 2 among them."""
+    if count is None:
+        return list(range(1, layers))
     spread = np.linspace(min(2, layers - 1), layers - 1, max(count - 1, 1)).round()
     return sorted({1, *(int(depth) for depth in spread)})[:count]
 
@@ -123,7 +125,7 @@ def _sample(
                 position=position,
                 depth=depth,
                 similarity=similarities[depth - 1],
-                kl=max(0.0, float(divergence(exact, logits))),
+                kl=float(divergence(exact, logits)),
                 same=int(exact.argmax()) == int(logits.argmax()),
                 error=mean_error(errors),
                 last_v_cosine=errors[-1].v_cosine,

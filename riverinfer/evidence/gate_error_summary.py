@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from riverinfer.evidence.gate_error import Exit, KVError, Sampled, mean_error
+from riverinfer.evidence.gate_error import Exit, KVError, Sampled, exit_depths, mean_error
 from riverinfer.evidence.statistics import expanded_tail, pearson, spearman
 
 PAPER_R = 0.5536  # arXiv 2604.18396
@@ -95,6 +95,13 @@ class GateError:
     layers: tuple[LayerSimilarity, ...]
     by_layer: tuple[LayerError, ...]
     paper_r: float = PAPER_R
+
+    def depths(self, most: int | None = None) -> list[int]:
+        """Those of all exits, or at most ``most`` of them, evenly spread."""
+        found = sorted({exit.depth for exit in self.exits})
+        if most is None or len(found) <= most:
+            return found
+        return [depth for depth in exit_depths(max(found) + 1, most) if depth in found]
 
 
 def summarize_errors(sampled: Sequence[Sampled]) -> GateError:

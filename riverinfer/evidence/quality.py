@@ -43,8 +43,7 @@ def score(exact: Tensor, logits: Tensor, following: Sequence[int], depths: Seque
     said = torch.tensor(following, device=exact.device)[:, None]
     excess = (exact.log_softmax(-1) - logits.log_softmax(-1)).gather(1, said)[:, 0]
     same = exact.argmax(-1) == logits.argmax(-1)
-    # A KL of equal rows is zero up to rounding, which may fall below it.
-    kl = divergence(exact, logits).clamp(min=0)
+    kl = divergence(exact, logits)
     return Scored(tuple(kl.tolist()), tuple(same.tolist()), tuple(excess.tolist()), tuple(depths), seconds)
 
 

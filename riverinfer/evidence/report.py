@@ -12,6 +12,7 @@ from riverinfer.evidence.audit import Audit
 from riverinfer.evidence.findings import shown
 from riverinfer.evidence.quality import Quality
 from riverinfer.evidence.statistics import Interval
+from riverinfer.evidence.summary import drift_rows
 from riverinfer.profiling.report import _plain
 
 
@@ -63,6 +64,7 @@ def report_html(audit: Audit) -> str:
         error_rows=caused.error_rows(errors),
         idle=[each.name for each in audit.comparisons if not each.chooses],
         points=_points(audit),
+        drift_rows=drift_rows(audit.drift) if audit.drift else [],
         facts=_facts(audit),
     )
     # Lone surrogates have no UTF-8, and HTML has no NUL.

@@ -22,7 +22,7 @@ FAMILIES = {
     "static": (STATIC, "v", "static: one depth for all"),
     "shuffled": (SHUFFLED, "^", "shuffled: the gate's depths at random"),
     "repaired": ("#56b4e9", "P", "the gate, cache repaired"),
-    "full river": ("#222222", "X", "full 4-bit"),
+    "full river": ("#222222", "X", "full river: no backbone layer"),
     "exact": ("#0072b2", "o", "exact"),
     "lossless": ("#e69f00", "D", "lossless"),
 }

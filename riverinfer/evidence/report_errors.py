@@ -14,10 +14,12 @@ from riverinfer.profiling.figures import FAINT, INK, WIDE, _legend_above, _svg, 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
 MOST_EXITS = 250  # of one depth that are drawn
+MOST_PANELS = 8
 MOST_CELLS = 12  # columns of a map whose cells have room for their number
 NAMES = {
     "k_cosine": "K cosine",
@@ -32,8 +34,8 @@ NAMES = {
 
 
 def scatter(errors: GateError, name: str) -> str:
-    """A panel a depth: each token's similarity there against a cosine of V, ``v_cosine`` or ``last_v_cosine``."""
-    depths = _depths(errors)
+    """A panel a depth, of some: each token's similarity there against ``v_cosine`` or ``last_v_cosine``."""
+    depths = errors.depths(MOST_PANELS)
     if not depths:
         return ""
     columns = min(4, len(depths))
@@ -102,7 +104,7 @@ def correlations(errors: GateError) -> str:
 
 def correlation_map(errors: GateError) -> str:
     """Pearson's r and Spearman's rho of every error by exit depth, coloured by whether they help a gate."""
-    depths = _depths(errors)
+    depths = errors.depths()
     found = {(c.depth, c.error): c for c in errors.correlations if c.depth in depths}
     if not any(c.pearson is not None for c in found.values()):
         return ""
@@ -123,13 +125,16 @@ def correlation_map(errors: GateError) -> str:
             for y, name in enumerate(ERRORS):
                 for x, depth in enumerate(depths):
                     value, c = values.get((depth, name)), found.get((depth, name))
-                    if value is None or c is None or len(depths) > MOST_CELLS:
+                    if value is None or c is None:
                         continue
-                    style = {"weight": "bold"} if c.direction else {}
                     colour = "white" if abs(value) > 0.6 else INK
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour, **style)
+                    if len(depths) <= MOST_CELLS:
+                        style = {"weight": "bold"} if c.direction else {}
+                        axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour, **style)
+                    elif c.direction:
+                        axes.plot(x, y, "o", color=colour, markersize=3)
             axes.set_title(title)
-            _whole_ticks(axes, depths)
+            _whole_ticks(axes.xaxis, depths)
             axes.set_xlabel("exit after so many layers")
         names = [f"{NAMES[name]} ({'+' if sign > 0 else '-'})" for name, sign in ERRORS.items()]
         both[0].set_yticks(range(len(ERRORS)), names)
@@ -159,15 +164,15 @@ def layer_errors(errors: GateError) -> str:
             cells = [[values.get((depth, layer), math.nan) for layer in range(layers)] for depth in depths]
             drawn = _map(axes, cells, "Blues", 0, max(max(values.values()), 1e-9))
             axes.set_title(title)
-            _whole_ticks(axes, range(1, layers + 1))
+            _whole_ticks(axes.xaxis, range(1, layers + 1))
             axes.set_xlabel("error in the cache at layer")
             figure.colorbar(drawn, ax=axes, aspect=20, pad=0.01)
-        both[0].set_yticks(range(len(depths)), [str(depth) for depth in depths])
+        _whole_ticks(both[0].yaxis, depths)
         both[0].set_ylim(len(depths) - 0.5, -0.5)
         both[0].set_ylabel("exit after so many layers")
 
     label = "Mean error of V that an exit leaves in the cache, by exit depth and layer"
-    return _svg("layer-errors", label, WIDE, 1.0 + 0.26 * max(3, len(depths)), paint)
+    return _svg("layer-errors", label, WIDE, 1.0 + min(0.26 * max(3, len(depths)), 3.4), paint)
 
 
 def correlation(errors: GateError, depth: int | None, name: str) -> str:
@@ -193,15 +198,11 @@ def correlation_rows(errors: GateError) -> list[tuple[str, list[str]]]:
 def error_rows(errors: GateError) -> list[tuple[str, list[str]]]:
     """By exit depth: the means of similarity and of every error; of norms, of the ratio itself."""
     rows = []
-    for depth in _depths(errors):
+    for depth in errors.depths():
         exits = [exit for exit in errors.exits if exit.depth == depth]
         means = [fmean(_value(exit, name) for exit in exits) for name in ("similarity", *ERRORS)]
         rows.append((str(depth), [f"{mean:.3f}" for mean in means]))
     return rows
-
-
-def _depths(errors: GateError) -> list[int]:
-    return sorted({exit.depth for exit in errors.exits})
 
 
 def _value(exit: Exit, name: str) -> float:
@@ -219,6 +220,6 @@ def _map(axes: Axes, cells: list[list[float]], colours: str, low: float, high: f
     return drawn
 
 
-def _whole_ticks(axes: Axes, values: list[int] | range) -> None:
+def _whole_ticks(axis: Axis, values: list[int] | range) -> None:
     step = math.ceil(len(values) / MOST_CELLS)
-    axes.set_xticks(range(0, len(values), step), [str(value) for value in values[::step]])
+    axis.set_ticks(range(0, len(values), step), labels=[str(value) for value in values[::step]])

@@ -170,7 +170,9 @@ def sweep(comparisons: Sequence[Comparison], full: Point | None) -> str:
                     _bar(axes, place + shift, pick(side(each)), colour, marker, scale=scale)
                 axes.plot([], [], marker, color=colour, label=label)
             if full is not None:
-                axes.axhline(scale * pick(full.quality).mean, color=OTHER, linestyle=":", linewidth=1.2, label="4-bit")
+                axes.axhline(
+                    scale * pick(full.quality).mean, color=OTHER, linestyle=":", linewidth=1.2, label="full river"
+                )
             names = [clean(each.name.replace("similarity, ", ""), 14) for each in comparisons]
             ticks = [f"{name}\n{each.gate.mean_depth:.1f}" for name, each in zip(names, comparisons, strict=True)]
             axes.set_xticks(range(len(ticks)), ticks)

@@ -25,18 +25,10 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def above_zero(self) -> bool:
-        """Whether the whole interval is."""
-        return self.low > 0
-
-    @property
-    def below_zero(self) -> bool:
-        return self.high < 0
-
     def exp(self) -> Interval:
         """Of the geometric mean, where this is of logarithms: percentiles keep under a monotone map."""
-        return Interval(math.exp(self.mean), math.exp(self.low), math.exp(self.high))
+        with np.errstate(over="ignore"):
+            return Interval(*(float(np.exp(end)) for end in (self.mean, self.low, self.high)))
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
@@ -84,11 +76,13 @@ def sign_flip(values: Sequence[float]) -> float:
 
     Exact where values are symmetric about zero (The Design of Experiments, 1935, section 21), close otherwise, and with
     few values as with many. Never below 1 / 2^n. All patterns of signs are listed for up to 13 values, else ``FLIPS``
-    drawn. Raises ValueError for none.
+    drawn. Of values that are no numbers it is 1: they show nothing. Raises ValueError for none.
     """
     if not values:
         raise ValueError("no values")
     x = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(x).all():
+        return 1.0
     signs, listed = _signs(len(x))
     sums = signs @ x
     # Equal sums come out apart by rounding.

@@ -12,6 +12,7 @@ from riverinfer.evidence.gate_error_summary import GateError
 from riverinfer.evidence.statistics import TAIL
 
 Rows = list[list[str]]
+MOST_DEPTHS = 8  # of exits that the terminal shows
 
 
 def terminal(audit: Audit, *, width: int = 100) -> str:
@@ -26,16 +27,18 @@ def terminal(audit: Audit, *, width: int = 100) -> str:
     blocks.append([line for finding in audit.findings for line in _bullet(finding, width)])
     blocks.append(["Quality against speed, teacher-forced (* on the front)", *_table(_points(audit))])
     title = (
-        "Gates against their controls: KL of the control less the gate's, and how likely luck alone gives as much (p:"
-        f" sign flips over prompts, one-sided, Holm's correction for the settings that are judged together; {TAIL:g} or"
-        " less is sure, whatever a single interval says)"
+        "Gates against their controls: KL of the control less the gate's, and how likely luck alone gives as much that"
+        " way (p: sign flips over prompts, one-sided, Holm's correction for the settings that are judged together;"
+        f" {TAIL:g} or less is sure, whatever a single interval says)"
     )
     blocks.append([*textwrap.wrap(title, width), *_table(_controls(audit))])
-    title = "Errors that exits cause, by depth (r/rho: Pearson and Spearman of similarity; V over the layers after it)"
-    blocks.append([title, *_table(_errors(audit))])
+    all_depths, depths = audit.gate_error.depths(), audit.gate_error.depths(MOST_DEPTHS)
+    some = "" if len(depths) == len(all_depths) else f", {len(depths)} of {len(all_depths)} depths"
+    title = f"Errors that exits cause (r/rho: Pearson and Spearman of similarity; V over the layers after it){some}"
+    blocks.append([title, *_table(_errors(audit, depths))])
     if audit.drift is not None:
         blocks.append(
-            [f"Drift over {audit.drift.tokens} tokens, {audit.drift.texts} texts", *_table(_drift(audit.drift))]
+            [f"Drift over {audit.drift.tokens} tokens, {audit.drift.texts} texts", *_table(drift_rows(audit.drift))]
         )
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
@@ -88,7 +91,7 @@ def _controls(audit: Audit) -> Rows:
                     for cell in (
                         (
                             shown(against.difference),
-                            f"{min(against.p_better, against.p_worse):.2g}" if against.judged else "too few",
+                            f"{against.p:.2g}" if against.judged else "too few",
                         )
                         if each.chooses
                         else ("the same", "")
@@ -99,12 +102,12 @@ def _controls(audit: Audit) -> Rows:
     return rows
 
 
-def _errors(audit: Audit) -> Rows:
+def _errors(audit: Audit, depths: Sequence[int]) -> Rows:
     found: GateError = audit.gate_error
     names, against = ("v_cosine", "v_l2", "v_norm"), {"v_cosine": "V cosine", "last_v_cosine": "last V", "kl": "KL"}
     heads = ["V cosine", "V L2", "V norm", *(f"{text} r/rho" for text in against.values())]
     rows = [["depth", "similarity", "KL", *heads]]
-    for depth in sorted({exit.depth for exit in found.exits}):
+    for depth in depths:
         exits = [exit for exit in found.exits if exit.depth == depth]
         by_error = {c.error: c for c in found.correlations if c.depth == depth}
         rows.append(
@@ -127,7 +130,8 @@ def _mean(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.3f}"
 
 
-def _drift(drift: Drift) -> Rows:
+def drift_rows(drift: Drift) -> Rows:
+    """By part of the text, a row each below the heads: tokens, KL of each path, what the cache cost, agreement."""
     rows = [
         [
             "tokens",

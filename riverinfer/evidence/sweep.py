@@ -56,19 +56,21 @@ def walk_strategy(engine: Engine, kind: type[EarlyExit], text: Text, gate: Gate)
 def lossless_text(engine: Engine, text: Text) -> tuple[Scored, bool]:
     """Lossless mode's rate, with the KL of zero that it has by construction; and whether it did say exact's text.
 
-    Its steps after the first token are counted; depths: L each, since every token that is said passed the backbone.
+    same: whether it said exact's token at that place. Its steps after the first token are counted; depths: L each,
+    since every token that is said passed the backbone.
     """
     params = SamplingParams(max_tokens=len(text.answer), ignore_eos=True)
     output = engine.generate(list(text.prompt), params, mode="lossless")
+    agreed = [said == exact for said, exact in zip(output.token_ids, text.answer, strict=True)]
     count = len(text.answer) - 1
     scored = Scored(
         kl=(0.0,) * count,
-        same=(True,) * count,
+        same=tuple(agreed[1:]),
         excess=(0.0,) * count,
         depths=(engine.config.num_layers,) * count,
         seconds=output.stats.decode_s,
     )
-    return scored, tuple(output.token_ids) == text.answer
+    return scored, all(agreed)
 
 
 def mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
