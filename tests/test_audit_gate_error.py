@@ -264,7 +264,7 @@ def test_the_finding_names_depths_and_directions() -> None:
         f"{said} the last layer's V (the paper: r = {PAPER_R} for early layers): sure at none of 1 depths (r 0.20)",
         f"{said} KL: similar tokens surely err less after 1 layer (r -0.30, rho -0.35) and more after 9 layers (r 0.30,"
         " rho 0.35). Sure, here, is what the intervals of Pearson's r and Spearman's rho both tell from 0, each depth"
-        " by itself",
+        " by itself, so that one in twenty may be luck",
     ]
     (few,) = finding(replace(v[0], pearson_interval=None, spearman_interval=None))
     assert "too few prompts to tell (r 0.70)" in few

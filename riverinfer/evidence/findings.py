@@ -66,7 +66,7 @@ def _correlations(found: GateError) -> list[str]:
     if lines:
         lines[-1] += (
             ". Sure, here, is what the intervals of Pearson's r and Spearman's rho both tell from 0, each depth by"
-            " itself"
+            " itself, so that one in twenty may be luck"
         )
     return lines
 
