@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from riverinfer.errors import InvalidRequestError
 from riverinfer.kernels.packed_weights import PackedWeights
+from riverinfer.kernels.require import require
 from riverinfer.kernels.triton_gate import SUMS
 
 MAX_TOKENS = 16
@@ -91,13 +91,13 @@ def check_arguments(
     """``out``, made if None. Raises InvalidRequestError unless all is as ``linear`` says, for every weight and norm."""
     n, k = weights[0].shape
     tokens = x.shape[0] if x.dim() == 2 else 0
-    _require(1 <= tokens <= MAX_TOKENS, "x", f"has shape {list(x.shape)}, not 1 .. {MAX_TOKENS} rows")
-    _require(k % 8 == 0, "weight", f"has {k} columns, not a multiple of 8")
-    _require(not silu or n % 2 == 0, "weight", f"has {n} rows: gates and ups are equally many")
-    _require(not silu or config.block_n >= 32, "config", "gates and ups need block_n 32")
+    require(1 <= tokens <= MAX_TOKENS, "x", f"has shape {list(x.shape)}, not 1 .. {MAX_TOKENS} rows")
+    require(k % 8 == 0, "weight", f"has {k} columns, not a multiple of 8")
+    require(not silu or n % 2 == 0, "weight", f"has {n} rows: gates and ups are equally many")
+    require(not silu or config.block_n >= 32, "config", "gates and ups need block_n 32")
     for value, least in ((config.block_n, 16), (config.block_k, 16), (config.warps, 1)):
-        _require(value >= least and value & (value - 1) == 0, "config", f"{value} is not a power of 2 from {least} on")
-    _require(config.split >= 1, "config", f"split is {config.split}")
+        require(value >= least and value & (value - 1) == 0, "config", f"{value} is not a power of 2 from {least} on")
+    require(config.split >= 1, "config", f"split is {config.split}")
 
     floats = (torch.float32,)
     halves = (torch.bfloat16, torch.float32)
@@ -107,11 +107,11 @@ def check_arguments(
         ("bias", bias, (n,), halves),
     ]
     for norm in norms:
-        _require((norm is not None) == normed, "norm", "is missing for one path")
+        require((norm is not None) == normed, "norm", "is missing for one path")
         expect.append(("norm", norm, (k,), floats))
     for weight in weights:
         if isinstance(weight, PackedWeights):
-            _require(weight.shape == (n, k), "weight", f"is {list(weight.shape)}, not {[n, k]}")
+            require(weight.shape == (n, k), "weight", f"is {list(weight.shape)}, not {[n, k]}")
             expect.append(("q", weight.q, tuple(weight.q.shape), (torch.int16, torch.uint8)))
             expect.append(("pairs", weight.pairs, tuple(weight.pairs.shape), (torch.int32,)))
         else:
@@ -125,13 +125,13 @@ def check_arguments(
         if tensor is None:
             continue
         fits = tuple(tensor.shape) == size and tensor.dtype in dtypes
-        _require(fits, name, f"is {tensor.dtype} {list(tensor.shape)}, not {dtypes[0]} {list(size)}")
-        _require(tensor.is_contiguous(), name, "is not contiguous")
-        _require(tensor.device == x.device, name, f"is on {tensor.device}, x on {x.device}")
+        require(fits, name, f"is {tensor.dtype} {list(tensor.shape)}, not {dtypes[0]} {list(size)}")
+        require(tensor.is_contiguous(), name, "is not contiguous")
+        require(tensor.device == x.device, name, f"is on {tensor.device}, x on {x.device}")
         # Triton compiles another kernel for pointers that are not.
-        _require(tensor.data_ptr() % 16 == 0, name, "does not start at a multiple of 16 bytes")
+        require(tensor.data_ptr() % 16 == 0, name, "does not start at a multiple of 16 bytes")
     usable = x.device.type == "cuda" or (INTERPRETED.value and x.device.type == "cpu")
-    _require(usable, "x", f"is on {x.device}, and Triton's kernels need an NVIDIA GPU")
+    require(usable, "x", f"is on {x.device}, and Triton's kernels need an NVIDIA GPU")
     return out
 
 
@@ -175,11 +175,6 @@ def launch_shape(
         return grid, None, None
     workspace = workspace or Workspace(device, floats, counters)
     fits = workspace.sums.numel() >= floats and workspace.counters.numel() >= counters
-    _require(fits, "workspace", f"is too small: {floats} floats and {counters} counters are needed")
-    _require(workspace.sums.device == device, "workspace", f"is on {workspace.sums.device}, not {device}")
+    require(fits, "workspace", f"is too small: {floats} floats and {counters} counters are needed")
+    require(workspace.sums.device == device, "workspace", f"is on {workspace.sums.device}, not {device}")
     return grid, workspace.sums, workspace.counters
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise InvalidRequestError(problem, field=field)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from riverinfer.errors import InvalidRequestError
 from riverinfer.kernels.quantized_linear import dequantize
+from riverinfer.kernels.require import require
 from riverinfer.weights_convert.packing import unpack
 
 
@@ -42,23 +42,18 @@ def packed_weights(q: Tensor, scale: Tensor, offset: Tensor, *, bits: int, group
     q int16 [N, K / 4] (4 bits) or uint8 [N, K]; scale and offset bfloat16 [N, K / group]; group 32, 64 or 128, or 0
     for one a row of 8 bits. Raises InvalidRequestError for anything else.
     """
-    _require(bits in (4, 8), "bits", f"{bits} bits are not supported")
+    require(bits in (4, 8), "bits", f"{bits} bits are not supported")
     kind = torch.int16 if bits == 4 else torch.uint8
-    _require(q.dim() == 2 and q.dtype == kind, "q", f"is {q.dtype} {list(q.shape)}, not a matrix of {kind}")
+    require(q.dim() == 2 and q.dtype == kind, "q", f"is {q.dtype} {list(q.shape)}, not a matrix of {kind}")
     n, k = q.shape[0], q.shape[1] * (4 if bits == 4 else 1)
     if group == 0 and bits == 8:  # the matrix unit takes a group at a time
         group = next((size for size in (128, 64, 32) if k % size == 0), 0)
-        _require(group > 0, "q", f"{k} columns are not whole groups of 32")
+        require(group > 0, "q", f"{k} columns are not whole groups of 32")
         scale, offset = (x.expand(n, k // group) for x in (scale, offset))
-    _require(group in (32, 64, 128) and k % group == 0, "group", f"{k} columns are not whole groups of {group}")
+    require(group in (32, 64, 128) and k % group == 0, "group", f"{k} columns are not whole groups of {group}")
     for name, x in (("scale", scale), ("offset", offset)):
         shape = (n, k // group)
         fits = tuple(x.shape) == shape and x.dtype == torch.bfloat16
-        _require(fits, name, f"is {x.dtype} {list(x.shape)}, not bfloat16 {list(shape)}")
+        require(fits, name, f"is {x.dtype} {list(x.shape)}, not bfloat16 {list(shape)}")
     pairs = torch.stack((scale.t(), offset.t()), -1).view(torch.int32)[..., 0].contiguous()  # little endian
     return PackedWeights(q, pairs, bits, group)
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise InvalidRequestError(problem, field=field)

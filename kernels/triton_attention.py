@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from riverinfer.errors import InvalidRequestError
 from riverinfer.kernels.linear_launch import MAX_TOKENS, Workspace
+from riverinfer.kernels.require import require
 from riverinfer.kernels.triton_dual_linear import FINISHED
 from riverinfer.kernels.triton_linear import dot, to_bfloat16
 from riverinfer.kernels.triton_rope import check_arena, check_rows, check_tensor
@@ -248,16 +248,16 @@ def decode_attention(
     host synchronization; can be captured in a CUDA graph once it ran. Raises InvalidRequestError for other arguments.
     """
     rows, heads, dim = q.shape if q.dim() == 3 else (0, 0, 0)
-    _require(1 <= rows <= MAX_TOKENS, "q", f"has shape {list(q.shape)}, not [1 .. {MAX_TOKENS}, Hq, D]")
+    require(1 <= rows <= MAX_TOKENS, "q", f"has shape {list(q.shape)}, not [1 .. {MAX_TOKENS}, Hq, D]")
     kv_heads = kv.shape[2] if kv.dim() == 5 else 0
     length, stride = check_arena(kv, kv_heads, dim)
-    _require(kv_heads > 0 and heads > 0 and heads % kv_heads == 0, "q", f"has {heads} heads, kv {kv_heads}")
+    require(kv_heads > 0 and heads > 0 and heads % kv_heads == 0, "q", f"has {heads} heads, kv {kv_heads}")
     n, blocks = rows_per_sequence, blocks_for(dim)
-    _require(n >= 1 and rows % n == 0, "rows_per_sequence", f"is {n}, and q has {rows} rows")
-    _require(window is None or window >= 1, "window", f"is {window}")
+    require(n >= 1 and rows % n == 0, "rows_per_sequence", f"is {n}, and q has {rows} rows")
+    require(window is None or window >= 1, "window", f"is {window}")
     split = split_for(length) if split is None else split
     whole = split >= blocks.keys and split % blocks.keys == 0
-    _require(whole, "split", f"is {split}, not a multiple of {blocks.keys}")
+    require(whole, "split", f"is {split}, not a multiple of {blocks.keys}")
     if out is None:
         out = torch.empty(rows, heads * dim, dtype=torch.bfloat16, device=q.device)
     check_tensor("q", q, (rows, heads, dim), torch.bfloat16, kv)
@@ -267,11 +267,11 @@ def decode_attention(
     floats, counters = workspace_size(
         rows, n, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, length=length, split=split
     )
-    _require(floats < 2**31, "split", f"is {split}: too short for {length} positions")
+    require(floats < 2**31, "split", f"is {split}: too short for {length} positions")
     workspace = workspace or Workspace(q.device, floats, counters)
     fits = workspace.sums.numel() >= floats and workspace.counters.numel() >= counters
-    _require(fits, "workspace", f"is too small: {floats} floats and {counters} counters are needed")
-    _require(workspace.sums.device == q.device, "workspace", f"is on {workspace.sums.device}, not {q.device}")
+    require(fits, "workspace", f"is too small: {floats} floats and {counters} counters are needed")
+    require(workspace.sums.device == q.device, "workspace", f"is on {workspace.sums.device}, not {q.device}")
     grid = (counters // kv_heads, kv_heads, triton.cdiv(length, split))
     attention_kernel[grid](
         q, kv, position, slot, path, out, workspace.sums, workspace.counters, n, length, stride,
@@ -281,8 +281,3 @@ def decode_attention(
         num_warps=blocks.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise InvalidRequestError(problem, field=field)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from riverinfer.errors import InvalidRequestError
 from riverinfer.kernels.linear_launch import INTERPRETED, MAX_TOKENS
+from riverinfer.kernels.require import require
 from riverinfer.kernels.triton_dual_linear import FINISHED
 from riverinfer.kernels.triton_linear import to_bfloat16
 
@@ -105,13 +105,13 @@ def rope_and_store(
     host synchronization; can be captured in a CUDA graph once it ran. Raises InvalidRequestError for other arguments.
     """
     rows = qkv.shape[0] if qkv.dim() == 2 else 0
-    _require(1 <= rows <= MAX_TOKENS, "qkv", f"has shape {list(qkv.shape)}, not 1 .. {MAX_TOKENS} rows")
+    require(1 <= rows <= MAX_TOKENS, "qkv", f"has shape {list(qkv.shape)}, not 1 .. {MAX_TOKENS} rows")
     length, stride = check_arena(kv, num_kv_heads, head_dim)
-    _require((cos is None) == (sin is None), "sin", "and cos come together")
-    _require((q_norm is None) == (k_norm is None), "k_norm", "and q_norm come together")
+    require((cos is None) == (sin is None), "sin", "and cos come together")
+    require((q_norm is None) == (k_norm is None), "k_norm", "and q_norm come together")
     rotary = 0 if cos is None or cos.dim() != 2 else cos.shape[1]
     if cos is not None:
-        _require(0 < rotary <= head_dim and rotary % 2 == 0, "cos", f"is {list(cos.shape)}: no half of a head rotates")
+        require(0 < rotary <= head_dim and rotary % 2 == 0, "cos", f"is {list(cos.shape)}: no half of a head rotates")
     shape = (rows, num_heads, head_dim)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=qkv.device)
@@ -121,7 +121,7 @@ def rope_and_store(
     for name, table, size in (("cos", cos, (rotary,)), ("sin", sin, (rotary,)), ("query_scale", query_scale, ())):
         if table is not None:
             long = table.shape[0] if table.dim() else 0
-            _require(long >= length, name, f"has {long} positions, kv {length}")
+            require(long >= length, name, f"has {long} positions, kv {length}")
             check_tensor(name, table, (long, *size), torch.float32, kv)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
@@ -136,39 +136,34 @@ def rope_and_store(
 
 def check_arena(kv: Tensor, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
     """(S, elements from slot to slot) of a layer of the arena. Raises InvalidRequestError unless it is one."""
-    _require(
+    require(
         8 <= head_dim <= LARGEST_HEAD and head_dim % 8 == 0, "head_dim", f"is {head_dim}, not a multiple of 8 up to 256"
     )
     fits = kv.dim() == 5 and kv.dtype == torch.bfloat16
-    _require(fits, "kv", f"is {kv.dtype} {list(kv.shape)}, not bfloat16 [slots, 2, Hkv, S, D]")
+    require(fits, "kv", f"is {kv.dtype} {list(kv.shape)}, not bfloat16 [slots, 2, Hkv, S, D]")
     slots, two, kv_heads, length, dim = kv.shape
     found = [two, kv_heads, dim]
-    _require(found == [2, num_kv_heads, head_dim], "kv", f"has 2, Hkv, D {found}, not {[2, num_kv_heads, head_dim]}")
-    _require(0 < length * dim < 2**31, "kv", f"has {length} positions")
-    _require(slots > 0 and kv[0].is_contiguous(), "kv", "has no slots, or they are not contiguous")
+    require(found == [2, num_kv_heads, head_dim], "kv", f"has 2, Hkv, D {found}, not {[2, num_kv_heads, head_dim]}")
+    require(0 < length * dim < 2**31, "kv", f"has {length} positions")
+    require(slots > 0 and kv[0].is_contiguous(), "kv", "has no slots, or they are not contiguous")
     stride = kv.stride(0) if slots > 1 else 2 * kv_heads * length * dim
     # Triton compiles another kernel for addresses that are not.
-    _require(stride % 16 == 0 and kv.data_ptr() % 16 == 0, "kv", "does not have its slots at multiples of 16")
+    require(stride % 16 == 0 and kv.data_ptr() % 16 == 0, "kv", "does not have its slots at multiples of 16")
     usable = kv.device.type == "cuda" or (INTERPRETED.value and kv.device.type == "cpu")
-    _require(usable, "kv", f"is on {kv.device}, and Triton's kernels need an NVIDIA GPU")
+    require(usable, "kv", f"is on {kv.device}, and Triton's kernels need an NVIDIA GPU")
     return length, stride
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, kv: Tensor) -> None:
     """Raises InvalidRequestError unless ``tensor`` is contiguous, aligned, of this kind, and where ``kv`` is."""
     fits = tuple(tensor.shape) == shape and tensor.dtype == dtype
-    _require(fits, name, f"is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
-    _require(tensor.is_contiguous(), name, "is not contiguous")
-    _require(tensor.device == kv.device, name, f"is on {tensor.device}, kv on {kv.device}")
-    _require(tensor.data_ptr() % 16 == 0, name, "does not start at a multiple of 16 bytes")
+    require(fits, name, f"is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+    require(tensor.is_contiguous(), name, "is not contiguous")
+    require(tensor.device == kv.device, name, f"is on {tensor.device}, kv on {kv.device}")
+    require(tensor.data_ptr() % 16 == 0, name, "does not start at a multiple of 16 bytes")
 
 
 def check_rows(rows: int, kv: Tensor, **fields: Tensor) -> None:
     """Raises InvalidRequestError unless each of ``fields`` has an int32 for every row."""
     for name, tensor in fields.items():
         check_tensor(name, tensor, (rows,), torch.int32, kv)
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise InvalidRequestError(problem, field=field)

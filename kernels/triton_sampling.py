@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from riverinfer.errors import InvalidRequestError
 from riverinfer.kernels.linear_launch import INTERPRETED
+from riverinfer.kernels.require import require
 from riverinfer.kernels.triton_dual_linear import FINISHED
 from riverinfer.sampling import SamplingParams, _mix, _signed
 
@@ -363,8 +363,8 @@ class SamplingState:
 
         Raises InvalidRequestError for a repetition penalty, which only the host applies, and for draws without a seed.
         """
-        _require(params.repetition_penalty == 1.0, "repetition_penalty", "is not applied on the device")
-        _require(not params.temperature or params.seed is not None, "seed", "is missing")
+        require(params.repetition_penalty == 1.0, "repetition_penalty", "is not applied on the device")
+        require(not params.temperature or params.seed is not None, "seed", "is missing")
         self.temperature[rows] = params.temperature
         self.top_k[rows] = min(params.top_k, MAX_VOCAB)
         self.top_p[rows] = params.top_p
@@ -439,16 +439,16 @@ def sample(
     CUDA graph once it ran. Raises InvalidRequestError for other arguments.
     """
     rows = logits.shape[0] if logits.dim() == 2 else 0
-    _require(1 <= rows <= MAX_ROWS, "logits", f"has shape {list(logits.shape)}, not 1 .. {MAX_ROWS} rows")
+    require(1 <= rows <= MAX_ROWS, "logits", f"has shape {list(logits.shape)}, not 1 .. {MAX_ROWS} rows")
     width = logits.shape[1]
-    _require(1 <= vocab_size <= min(width, MAX_VOCAB), "vocab_size", f"is {vocab_size}, and rows have {width} logits")
+    require(1 <= vocab_size <= min(width, MAX_VOCAB), "vocab_size", f"is {vocab_size}, and rows have {width} logits")
     device = logits.device
     token = torch.empty(rows, dtype=torch.int64, device=device) if token is None else token
     logprob = torch.empty(rows, dtype=torch.float32, device=device) if logprob is None else logprob
     confidence = torch.empty(rows, dtype=torch.float32, device=device) if confidence is None else confidence
     parameters = [state.temperature, state.top_k, state.top_p, state.min_p, state.seed]
     held = min(len(tensor) for tensor in parameters)
-    _require(held >= rows, "state", f"has {held} rows, logits {rows}")
+    require(held >= rows, "state", f"has {held} rows, logits {rows}")
     _check(
         device,
         ("logits", logits, (rows, width), (torch.float32,)),
@@ -465,8 +465,8 @@ def sample(
     )
     room = workspace or SamplingWorkspace(device, vocab_size, rows)
     fits = room.rows >= rows and room.vocab_size >= vocab_size
-    _require(fits, "workspace", f"is for {room.rows} rows of {room.vocab_size} tokens: {rows}, {vocab_size} are needed")
-    _require(room.counters.device == device, "workspace", f"is on {room.counters.device}, not {device}")
+    require(fits, "workspace", f"is for {room.rows} rows of {room.vocab_size} tokens: {rows}, {vocab_size} are needed")
+    require(room.counters.device == device, "workspace", f"is on {room.counters.device}, not {device}")
 
     grid = (triton.cdiv(vocab_size, BLOCK), rows)
     parts = _parts(vocab_size)
@@ -503,15 +503,10 @@ def _check(device: torch.device, *expected: _Expected) -> None:
         if tensor is None:
             continue
         fits = tuple(tensor.shape) == shape and tensor.dtype in dtypes
-        _require(fits, name, f"is {tensor.dtype} {list(tensor.shape)}, not {dtypes[0]} {list(shape)}")
-        _require(tensor.is_contiguous(), name, "is not contiguous")
-        _require(tensor.device == device, name, f"is on {tensor.device}, not {device}")
+        require(fits, name, f"is {tensor.dtype} {list(tensor.shape)}, not {dtypes[0]} {list(shape)}")
+        require(tensor.is_contiguous(), name, "is not contiguous")
+        require(tensor.device == device, name, f"is on {tensor.device}, not {device}")
         # Triton compiles another kernel for pointers that are not.
-        _require(tensor.data_ptr() % 16 == 0, name, "does not start at a multiple of 16 bytes")
+        require(tensor.data_ptr() % 16 == 0, name, "does not start at a multiple of 16 bytes")
     usable = device.type == "cuda" or (INTERPRETED.value and device.type == "cpu")
-    _require(usable, expected[0][0], f"is on {device}, and Triton's kernels need an NVIDIA GPU")
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise InvalidRequestError(problem, field=field)
+    require(usable, expected[0][0], f"is on {device}, and Triton's kernels need an NVIDIA GPU")

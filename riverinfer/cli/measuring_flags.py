@@ -118,7 +118,7 @@ def audit_flags(parser: argparse.ArgumentParser) -> None:
     """``riverinfer audit``."""
     parser.epilog = (
         "Time goes with prompts times tokens, and with --drift-texts times --drift-tokens: the demo model's default"
-        " audit takes 20 minutes on two CPU cores with fast bfloat16 (AMX), more than an hour on two with AVX2 only."
+        " audit takes 20 minutes on two CPU cores with fast bfloat16 (AMX), and several times that without."
     )
     model_flags(parser)
     group = parser.add_argument_group("what is measured")
